@@ -1,0 +1,1 @@
+"""The vocabulary of the house: patterns, statistics, selection, errors. Tensors only: no model, no file."""

@@ -1,0 +1,74 @@
+"""What every method of every family declares about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from secateur.core.errors import RecipeError, did_you_mean
+from secateur.core.statistics import Statistic
+
+__all__ = ["Method", "Paper"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    year: int
+    arxiv: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
+
+
+class Method(BaseModel):
+    """Base of all methods: options are typed fields, facts about the method are class variables.
+
+    Class variables:
+        id: name on the command line.
+        family: the room it lives in (`weights`, `structure`, ...).
+        paper: its source.
+        removes: the unit that goes.
+        effect: what a user may expect of the result, in one plain sentence.
+        needs: statistics that calibration must collect.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: ClassVar[str]
+    family: ClassVar[str]
+    paper: ClassVar[Paper | None] = None
+    removes: ClassVar[str]
+    effect: ClassVar[str]
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """The statistics these very options need (a subset or superset of `needs`)."""
+        return self.needs
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Any:
+        """An instance from `-O name=value` pairs. Raises `RecipeError` naming the option at fault."""
+        for name in options:
+            if name not in cls.model_fields:
+                raise RecipeError(
+                    f"option {name!r} of {cls.id!r}",
+                    "",
+                    did_you_mean(name, cls.model_fields)
+                    if cls.model_fields
+                    else f"{cls.id!r} has no options",
+                )
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise RecipeError(
+                f"option {name}={first['input']!r} of {cls.id!r}", first["msg"].lower()
+            ) from error

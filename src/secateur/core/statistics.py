@@ -1,0 +1,53 @@
+"""What calibration tells a method about one matrix: plain tensors, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["InputStatistics", "Statistic"]
+
+Statistic = Literal["second_moment", "mean", "hessian", "gradient"]
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the calibration tokens that reached one matrix input.
+
+    Everything is a plain sum over valid (not padded) tokens, so two parts of a calibration set add up;
+    each method applies the normalisation of its paper.
+
+    Attributes:
+        columns: width C of the input.
+        tokens: tokens summed over.
+        sequences: calibration sequences they came from.
+        second_moment: (C,) float64, sum over t of x_t^2.
+        mean: (C,) float64, sum over t of x_t (divide by `tokens` for the mean).
+        hessian: (C, C) float32, sum over t of x_t x_t^T.
+        cache: what a method derived from these and the next matrix with the same input can use again.
+    """
+
+    columns: int
+    tokens: int = 0
+    sequences: int = 0
+    second_moment: Tensor | None = None
+    mean: Tensor | None = None
+    hessian: Tensor | None = None
+    cache: dict[object, object] = field(default_factory=dict, repr=False)
+
+    def input_norms(self) -> Tensor:
+        """(C,) float32: sqrt of Wanda's running mean over sequences of the token sums of x_j^2
+        (one-shot-baselines, section 2.0)."""
+        if self.second_moment is None:
+            raise ValueError("the second moment was not observed")
+        return (self.second_moment / max(self.sequences, 1)).sqrt().to(torch.float32)
+
+    @property
+    def never_reached(self) -> bool:
+        """No token, or only zeros, arrived at this input."""
+        if self.tokens == 0:
+            return True
+        return self.second_moment is not None and not bool((self.second_moment > 0).any())
