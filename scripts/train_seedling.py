@@ -75,7 +75,7 @@ def build_model(seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=256,
-        intermediate_size=688,
+        intermediate_size=512,
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -165,7 +165,7 @@ def write_result(
     model.to("cpu", torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     facts = {
-        "architecture": "LlamaForCausalLM: hidden 256, 6 layers, 8 query and 4 KV heads, FFN 688, vocab 4096, tied",
+        "architecture": "LlamaForCausalLM: hidden 256, 6 layers, 8 query and 4 KV heads, FFN 512, vocab 4096, tied",
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_tokens": tokens,
         "planned_tokens": arguments.tokens,

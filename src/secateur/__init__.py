@@ -1,0 +1,44 @@
+"""Prune a model stack and prove what each cut cost.
+
+>>> import secateur
+>>> report = secateur.prune("seedling", "pruned", method="wanda", sparsity=0.5)  # doctest: +SKIP
+>>> report.perplexity_after  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.api import bench, compare, evaluate, inspect, methods, plan, prune
+    from secateur.core.errors import InputError, SecateurError
+    from secateur.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "InputError",
+    "Recipe",
+    "SecateurError",
+    "__version__",
+    "bench",
+    "compare",
+    "evaluate",
+    "inspect",
+    "methods",
+    "plan",
+    "prune",
+]
+
+_HOMES = {
+    "InputError": "secateur.core.errors",
+    "SecateurError": "secateur.core.errors",
+    "Recipe": "secateur.recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at first use, so that `import secateur` and `--help` stay instant."""
+    if name not in __all__:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "secateur.api")), name)

@@ -1,0 +1,10 @@
+"""The Python functions behind `import secateur`: the nouns and verbs of the command line."""
+
+from __future__ import annotations
+
+from secateur.pipeline.catalogue import methods
+from secateur.pipeline.inspect import inspect
+from secateur.pipeline.planning import plan
+from secateur.pipeline.run import bench, compare, evaluate, prune
+
+__all__ = ["bench", "compare", "evaluate", "inspect", "methods", "plan", "prune"]

@@ -1,0 +1,59 @@
+"""`secateur plan`: what a run will need and what its result will be good for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from secateur.cli.common import (
+    AllocationOptions,
+    AsJson,
+    Device,
+    DTypeName,
+    Length,
+    MethodOptions,
+    Samples,
+    parse_options,
+    print_json,
+    show,
+)
+from secateur.cli.prune import AllocationName, MethodName, ModelArgument, PatternText, Sparsity, build_recipe
+
+
+def plan(
+    model: ModelArgument = None,
+    /,
+    *,
+    method: MethodName = None,
+    sparsity: Sparsity = None,
+    pattern: PatternText = "unstructured",
+    allocation: AllocationName = "uniform",
+    samples: Samples = 128,
+    length: Length = None,
+    option: MethodOptions = None,
+    allocation_option: AllocationOptions = None,
+    device: Device = "auto",
+    dtype: DTypeName = "auto",
+    recipe: Annotated[Path | None, Parameter(help="a YAML file with these settings; options given here win")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show bytes, peak memory and time of a run before a weight is read, and whether it will be faster."""
+    given = {
+        "model": model, "method": method, "sparsity": sparsity, "pattern": pattern, "allocation": allocation,
+        "options": parse_options(option), "allocation_options": parse_options(allocation_option),
+        "calibration": {"samples": samples, "length": length}, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    parsed = build_recipe(given, recipe)
+
+    import secateur
+
+    settings = parsed.model_dump()
+    facts = secateur.plan(settings.pop("model"), **settings)
+    if json:
+        print_json(facts)
+        return
+    from secateur.report.text import planned
+
+    show(*planned(facts))

@@ -1,0 +1,110 @@
+"""`secateur prune`: a checkpoint in, a checkpoint and its report out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from secateur.cli.common import (
+    AllocationOptions,
+    AsJson,
+    Device,
+    DTypeName,
+    Length,
+    MethodOptions,
+    Samples,
+    Seed,
+    parse_options,
+    print_json,
+    show,
+)
+from secateur.core.errors import RecipeError
+
+ModelArgument = Annotated[str | None, Parameter(help="a folder, a hub id, or seedling")]
+Out = Annotated[Path, Parameter(name=["-o", "--out"], help="folder for the result: new or empty")]
+MethodName = Annotated[str | None, Parameter(help="see: secateur methods")]
+Sparsity = Annotated[float | None, Parameter(help="fraction of the prunable parameters to remove")]
+PatternText = Annotated[str, Parameter(help="unstructured, row, matrix, global or N:M (keep N of M inputs)")]
+AllocationName = Annotated[str, Parameter(help="uniform, owl or alpha")]
+CalibrationSource = Annotated[str, Parameter(help="self (sampled from the model), a .txt, .jsonl or .parquet file, or a hub data set")]
+
+
+def prune(
+    model: ModelArgument = None,
+    /,
+    *,
+    out: Out,
+    method: MethodName = None,
+    sparsity: Sparsity = None,
+    pattern: PatternText = "unstructured",
+    allocation: AllocationName = "uniform",
+    calibration: CalibrationSource = "self",
+    samples: Samples = 128,
+    length: Length = None,
+    column: Annotated[str | None, Parameter(help="column of the calibration file that holds the text")] = None,
+    batch_size: Annotated[int, Parameter(help="windows a forward pass")] = 8,
+    text: Annotated[str | None, Parameter(help="held-out text for perplexity before and after")] = None,
+    evaluation_windows: Annotated[int, Parameter(help="windows to evaluate; 0 for none")] = 64,
+    option: MethodOptions = None,
+    allocation_option: AllocationOptions = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DTypeName = "auto",
+    measure_speed: Annotated[bool, Parameter(help="measure prefill and decode before and after")] = True,
+    resume: Annotated[bool, Parameter(negative=(), help="go on where a killed run stopped")] = False,
+    recipe: Annotated[Path | None, Parameter(help="a YAML file with these settings; options given here win")] = None,
+    json: AsJson = False,
+) -> None:
+    """Prune a checkpoint, block by block, and write an ordinary checkpoint with its report.
+
+    Example: secateur prune seedling -o pruned --method wanda --sparsity 0.5
+    """
+    given = {
+        "model": model, "method": method, "sparsity": sparsity, "pattern": pattern, "allocation": allocation,
+        "options": parse_options(option), "allocation_options": parse_options(allocation_option),
+        "calibration": {
+            "source": calibration, "samples": samples, "length": length, "column": column, "batch_size": batch_size,
+        },
+        "text": text, "evaluation_windows": evaluation_windows, "seed": seed, "device": device, "dtype": dtype,
+        "measure_speed": measure_speed,
+    }  # fmt: skip
+    parsed = build_recipe(given, recipe)
+
+    from secateur.cli.progress import progress_for
+    from secateur.pipeline.prune import prune_checkpoint
+
+    command = shlex.join(["secateur", *sys.argv[1:]])
+    report = prune_checkpoint(parsed, out, resume=resume, command=command, progress=progress_for(json))  # type: ignore[arg-type]
+    if json:
+        print_json(report.model_dump(mode="json"))
+        return
+    from secateur.report.text import before_after
+
+    show(before_after(report), f"written: {out}  (report.html, report.json)")
+
+
+def build_recipe(given: dict[str, Any], file: Path | None) -> Any:
+    """A recipe from the command line, or from a file with what the command line changes in it."""
+    from secateur.recipe import Recipe, parse, read_recipe
+
+    if file is not None:
+        return read_recipe(file, **_changed(given))
+    for key, remedy in (("model", "secateur prune MODEL ..."), ("method", "add --method wanda; see: secateur methods")):
+        if not given[key]:
+            raise RecipeError(f"no {key}", f"a {key}", remedy)
+    return parse(Recipe, given, "the command line")
+
+
+def _changed(given: dict[str, Any]) -> dict[str, Any]:
+    """Only what differs from the defaults of a recipe."""
+    from secateur.recipe import Recipe
+
+    plain = Recipe(model="", method="").model_dump()
+    changed = {key: value for key, value in given.items() if value not in (None, plain.get(key))}
+    calibration = {k: v for k, v in given["calibration"].items() if v != plain["calibration"][k]}
+    changed.pop("calibration", None)
+    return {**changed, **({"calibration": calibration} if calibration else {})}

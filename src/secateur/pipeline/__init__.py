@@ -1,0 +1,1 @@
+"""plan -> apply -> verify for a recipe: the only room that knows the order."""

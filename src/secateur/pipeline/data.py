@@ -1,0 +1,140 @@
+"""The text of a run: what is observed, and what is kept back to judge the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from secateur.calibration.windows import Windows, load_windows
+from secateur.core.errors import CalibrationError, InputError
+from secateur.core.progress import Progress
+from secateur.evaluation.memory import available_memory_bytes
+from secateur.pipeline.opened import Opened
+from secateur.recipe import MAX_DEFAULT_LENGTH, Recipe
+
+__all__ = ["RunData", "load_evaluation", "load_run_data", "window_length"]
+
+MEMORY_FRACTION = 0.8
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Attributes:
+    calibration: windows that the method observes.
+    evaluation: windows that judge before and after; None when there is nothing to judge on.
+    held_out: how `evaluation` was obtained, in words, for the protocol of the report.
+    """
+
+    calibration: Windows
+    evaluation: Windows | None
+    held_out: str
+
+
+def window_length(opened: Opened, asked: int | None) -> int:
+    """Tokens a window: what was asked for, else the model's maximum up to 2,048.
+
+    Raises:
+        CalibrationError: longer than the model accepts.
+    """
+    if asked is None:
+        return min(opened.max_length, MAX_DEFAULT_LENGTH)
+    if asked > opened.max_length:
+        raise CalibrationError(
+            f"windows of {asked} tokens", f"at most {opened.max_length}, the longest input of this model",
+            f"use --length {opened.max_length}",
+        )
+    return asked
+
+
+def load_run_data(opened: Opened, recipe: Recipe, progress: Progress, cache: Path | None = None) -> RunData:
+    """Read or sample the calibration and evaluation windows.
+
+    With no text of its own the evaluation uses windows of the same source that calibration does not see.
+
+    Args:
+        cache: folder of an earlier run of the same recipe, whose sampled windows are taken again.
+
+    Raises:
+        CalibrationError: text that is missing, empty or too short.
+    """
+    wanted = recipe.calibration.samples
+    spare = recipe.evaluation_windows if recipe.text is None else 0
+    windows = _cached(cache) or _load(opened, recipe, wanted + spare, progress)
+    if recipe.text is not None:
+        evaluation = load_evaluation(opened, recipe.text, recipe, progress)
+        return RunData(windows, evaluation, f"the first windows of {recipe.text}")
+    if not spare:
+        return RunData(windows, None, "not evaluated")
+    if len(windows) < 2:
+        return RunData(windows, windows, "the calibration windows themselves: the source has no more text")
+    kept_back = min(spare, max(1, len(windows) * spare // (wanted + spare)), len(windows) - 1)
+    observed, held = windows.split(len(windows) - kept_back)
+    return RunData(observed, held, f"the last {kept_back} windows of the calibration source, not observed")
+
+
+def load_evaluation(opened: Opened, text: str, recipe: Recipe, progress: Progress) -> Windows | None:
+    """Evaluation windows from held-out text."""
+    if not recipe.evaluation_windows:
+        return None
+    return load_windows(
+        text,
+        tokenizer=opened.tokenizer,
+        samples=recipe.evaluation_windows,
+        length=window_length(opened, recipe.calibration.length),
+        seed=recipe.seed,
+        column=recipe.calibration.column if not text.endswith(".txt") else None,
+    )
+
+
+def _load(opened: Opened, recipe: Recipe, samples: int, progress: Progress) -> Windows:
+    calibration = recipe.calibration
+    length = window_length(opened, calibration.length)
+
+    def load_whole() -> object:
+        _refuse_if_too_large(opened)
+        device = torch.device("cpu")
+        return opened.load(torch.float32, device)
+
+    return load_windows(
+        calibration.source,
+        tokenizer=opened.tokenizer,
+        samples=samples,
+        length=length,
+        seed=recipe.seed,
+        column=calibration.column,
+        model=load_whole,
+        progress=progress,
+    )
+
+
+def _refuse_if_too_large(opened: Opened) -> None:
+    needed = opened.checkpoint.parameters * 4
+    available = available_memory_bytes()
+    if needed > MEMORY_FRACTION * available:
+        raise CalibrationError(
+            f"sampling from the model itself needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free",
+            "a model that fits into memory",
+            "give text instead: --calibration FILE.txt",
+        )
+
+
+def save_cache(windows: RunData, folder: Path) -> None:
+    """Keep sampled windows beside the journal so that a resumed run need not sample again."""
+    parts = [windows.calibration.ids]
+    if windows.evaluation is not None and windows.held_out.startswith("the last"):
+        parts.append(windows.evaluation.ids)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "windows.new"
+    save_file({"ids": torch.cat(parts)}, temporary, metadata={"source": windows.calibration.source})
+    temporary.replace(folder / "windows.safetensors")
+
+
+def _cached(folder: Path | None) -> Windows | None:
+    if folder is None or not (folder / "windows.safetensors").exists():
+        return None
+    with safe_open(folder / "windows.safetensors", "pt") as file:
+        return Windows.of(file.get_tensor("ids"), source=(file.metadata() or {}).get("source", ""))

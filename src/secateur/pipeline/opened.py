@@ -1,0 +1,130 @@
+"""A model folder with everything that is known about it before a weight is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from secateur.anatomy.layout import FileLayout
+from secateur.anatomy.model import Anatomy
+from secateur.anatomy.resolve import resolve
+from secateur.calibration.source import FolderSource
+from secateur.checkpoint.reader import Checkpoint
+from secateur.core.errors import CheckpointError, InputError
+
+__all__ = ["Opened", "choose_device", "choose_dtype", "open_model"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Opened:
+    """A checkpoint folder, its anatomy, and how the two correspond."""
+
+    name: str
+    checkpoint: Checkpoint
+    config: Any
+    anatomy: Anatomy
+    layout: FileLayout
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the folder. Raises `CheckpointError` when there is none or it does not fit."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"no usable tokenizer in {self.folder} ({str(error).splitlines()[0]})",
+                "tokenizer.json or its relatives beside the weights",
+                "copy the tokenizer files of the original model there",
+            ) from error
+        vocabulary = self.anatomy.spaces.get("vocab") or self.config.vocab_size
+        if len(tokenizer) > vocabulary:
+            raise CheckpointError(
+                f"the tokenizer of {self.folder} has {len(tokenizer)} entries and the model {vocabulary}",
+                "a tokenizer that fits the model",
+                "copy the tokenizer files of the original model there",
+            )
+        return tokenizer
+
+    def source(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        read: Callable[[int], dict[str, Tensor] | None] | None = None,
+    ) -> FolderSource:
+        """A stream of its blocks; `read(i)` may supply the file tensors of block i from elsewhere."""
+        return FolderSource(self.checkpoint, device=device, dtype=dtype, read=read)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The whole model in memory, through the stock loader."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+        return model.to(device).eval()  # type: ignore[no-any-return]
+
+    @property
+    def max_length(self) -> int:
+        """The longest window the model accepts."""
+        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+            value = getattr(self.config, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return 2048
+
+
+def open_model(name: str | Path) -> Opened:
+    """Open a local folder, a hub id or `seedling`: headers and configuration only.
+
+    Raises:
+        CheckpointError: files that are missing, damaged or quantised.
+        AnatomyError: an architecture that is not known well enough.
+    """
+    checkpoint = Checkpoint.open(name)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"config.json of {checkpoint.folder} is not understood ({str(error).splitlines()[0]})",
+            "a model type that the installed transformers knows",
+            "upgrade transformers, or check model_type",
+        ) from error
+    anatomy = resolve(config)
+    layout = FileLayout(anatomy, {name: info.shape for name, info in checkpoint.tensors.items()})
+    return Opened(str(name), checkpoint, config, anatomy, layout)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU when there is one. Raises `InputError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r}", "auto, cpu, cuda or cuda:n") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r}", "auto, cpu, cuda or cuda:n")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} on a machine with {torch.cuda.device_count()} CUDA devices",
+            "a device that is there",
+            "use --device cpu",
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The computing precision: `auto` is float32 on the CPU and the stored one on a GPU."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    return torch.float32 if device.type == "cpu" else stored

@@ -1,0 +1,166 @@
+"""What a run will need and what its result will be good for, before a weight is read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.anatomy.model import Anatomy, Block
+from secateur.core.numerics import exact_products
+from secateur.evaluation.memory import available_memory_bytes
+from secateur.pipeline.budget import check_pattern_fits, method_of
+from secateur.pipeline.data import window_length
+from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
+from secateur.recipe import Recipe, parse
+from secateur.report.effect import effect
+from secateur.weights.base import WeightMethod
+
+__all__ = ["Estimate", "estimate", "plan"]
+
+INTERPRETER_BYTES = 450_000_000
+PROBE = 1024
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Attributes:
+    peak_memory_bytes: resident memory of the run on the CPU side.
+    seconds: wall clock of calibration, pruning and evaluation on this machine.
+    disk_bytes: free space the output folder needs while the run goes on.
+    """
+
+    peak_memory_bytes: int
+    seconds: float
+    disk_bytes: int
+
+
+def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
+    """Bytes, parameters, peak memory and time of a run, and whether its result will be faster.
+
+    Args:
+        model: local folder, hub id or `seedling`.
+        settings: fields of `Recipe`, as for `secateur.prune`.
+
+    Raises:
+        InputError: whatever `prune` would refuse.
+
+    >>> import secateur
+    >>> secateur.plan("seedling", method="wanda", sparsity=0.5)["faster"]
+    False
+    """
+    recipe: Recipe = parse(Recipe, {"model": str(model), **settings}, "the settings")
+    recipe = recipe.validated()
+    opened = open_model(recipe.model)
+    method = method_of(recipe)
+    check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
+    sparsity = recipe.resolved_sparsity
+    expected = estimate(opened, recipe, method)
+    prunable = opened.anatomy.prunable_parameters
+    return {
+        "model": recipe.model,
+        "method": recipe.method,
+        "pattern": recipe.pattern,
+        "allocation": recipe.allocation,
+        "sparsity": sparsity,
+        "parameters_before": opened.checkpoint.parameters,
+        "prunable_parameters": prunable,
+        "zeros_after": int(prunable * sparsity),
+        "bytes_before": opened.checkpoint.nbytes,
+        "bytes_after": opened.checkpoint.nbytes,
+        "peak_memory_bytes": expected.peak_memory_bytes,
+        "available_memory_bytes": available_memory_bytes(),
+        "seconds": round(expected.seconds, 1),
+        "disk_bytes": expected.disk_bytes,
+        "faster": False,
+        "effect": effect(recipe.parsed_pattern, sparsity),
+        "loads_in": {
+            "transformers": "yes: same class and configuration, dense files",
+            "vllm": "yes, as the dense model (it runs no sparse weights)",
+            "gguf": "through llama.cpp's converter, as the dense model",
+        },
+    }
+
+
+def estimate(opened: Opened, recipe: Recipe, method: WeightMethod) -> Estimate:
+    """Peak memory and time from the shapes, and from one short matrix product timed on this machine."""
+    device = choose_device(recipe.device)
+    dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
+    tokens = recipe.calibration.samples * window_length(opened, recipe.calibration.length)
+    evaluation_tokens = tokens // max(recipe.calibration.samples, 1) * recipe.evaluation_windows
+    batch_tokens = tokens // max(recipe.calibration.samples, 1) * recipe.calibration.batch_size
+    seconds = _operations(opened.anatomy, method, tokens, evaluation_tokens) / _operations_per_second(device)
+    return Estimate(
+        _memory(opened, method, dtype.itemsize, tokens, 2 * evaluation_tokens, batch_tokens),
+        seconds,
+        int(2.1 * opened.checkpoint.nbytes),
+    )
+
+
+def _memory(
+    opened: Opened, method: WeightMethod, itemsize: int, tokens: int, kept_tokens: int, batch_tokens: int
+) -> int:
+    anatomy = opened.anatomy
+    outer = sum(_count(shape) for shape in anatomy.outer.values()) * itemsize
+    largest = max(anatomy.blocks, key=_block_parameters)
+    block = _block_parameters(largest) * (2 * itemsize)
+    hidden = anatomy.spaces["hidden"]
+    activations = (max(tokens, kept_tokens) if method.statistics else kept_tokens) * hidden * itemsize
+    widest = max((max(m.shape) for m in largest.matrices), default=hidden)
+    working = batch_tokens * widest * itemsize * 4
+    return INTERPRETER_BYTES + outer + block + activations + max(working, _solver_bytes(largest, method))
+
+
+def _solver_bytes(block: Block, method: WeightMethod) -> int:
+    matrix = max((m.shape[0] * m.shape[1] for m in block.matrices), default=0)
+    if "hessian" not in method.statistics:
+        return matrix * 4 * 5
+    widths = [_input_width(block, site) for site in block.sites]
+    return sum(width * width for width in widths) * 8 + max(widths) ** 2 * 12 + matrix * 4 * 4
+
+
+def _operations(anatomy: Anatomy, method: WeightMethod, tokens: int, evaluation_tokens: int) -> float:
+    """Floating-point operations of the whole run."""
+    forward = 2.0 * anatomy.prunable_parameters
+    total = forward * 2 * evaluation_tokens
+    if method.statistics:
+        total += forward * 2 * tokens
+    if "gradient" in method.statistics:
+        total += forward * 4 * tokens
+    if "hessian" in method.statistics:
+        for block in anatomy.blocks:
+            for site in block.sites:
+                width = _input_width(block, site)
+                total += tokens * width * width * 2.0 + width**3
+            total += sum(2.0 * m.shape[0] * m.shape[1] ** 2 for m in block.matrices)
+    return total
+
+
+def _input_width(block: Block, site: str) -> int:
+    return next((m.shape[1] for m in block.matrices if m.input == site), 0)
+
+
+def _block_parameters(block: Block) -> int:
+    return sum(_count(shape) for shape in block.parameters.values())
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _operations_per_second(device: torch.device) -> float:
+    """What a float32 product of two 1024 x 1024 matrices reaches here, halved for everything around it."""
+    a = torch.ones(PROBE, PROBE, device=device)
+    with exact_products():
+        torch.mm(a, a)
+        started = time.perf_counter()
+        for _ in range(3):
+            total = torch.mm(a, a)
+        float(total[0, 0])
+    return 3 * 2 * PROBE**3 / (time.perf_counter() - started) / 2

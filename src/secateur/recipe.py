@@ -1,0 +1,157 @@
+"""What the user asked for, checked before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateur.core.errors import InputError, RecipeError, did_you_mean
+from secateur.core.pattern import Pattern
+
+__all__ = ["Calibration", "Recipe", "read_recipe"]
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+MAX_DEFAULT_LENGTH = 2048
+
+
+class Calibration(BaseModel):
+    """The data that is observed.
+
+    Attributes:
+        source: `self` (sampled from the model), a text, JSONL or Parquet file, or a hub data set.
+        samples: windows to observe.
+        length: tokens a window; by default what the model allows, at most 2,048.
+        column: which column of a JSONL, Parquet or hub data set holds the text.
+        batch_size: windows a forward pass; changes speed and memory, not the result beyond rounding.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = "self"
+    samples: int = Field(128, ge=1)
+    length: int | None = Field(None, ge=2)
+    column: str | None = None
+    batch_size: int = Field(8, ge=1)
+
+
+class Recipe(BaseModel):
+    """One pruning run.
+
+    Attributes:
+        model: a local folder, a hub id, or `seedling`.
+        method: id of a method (`secateur methods`).
+        sparsity: fraction of the prunable parameters to remove; may be left out with an N:M pattern.
+        pattern: `unstructured`, `row`, `matrix`, `global` or `N:M`.
+        allocation: how the budget is spread over the blocks.
+        options: options of the method.
+        allocation_options: options of the allocation.
+        calibration: the data observed.
+        text: held-out text for the evaluation; by default windows kept back from the calibration source.
+        evaluation_windows: windows evaluated before and after; 0 skips the evaluation.
+        seed: of sampling and of random choices.
+        device: `auto`, `cpu`, `cuda` or `cuda:n`.
+        dtype: computing precision; `auto` is float32 on the CPU and the model's own on a GPU.
+        measure_speed: measure prefill and decode before and after (needs the whole model in memory).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    method: str
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    allocation: str = "uniform"
+    options: dict[str, Any] = Field(default_factory=dict)
+    allocation_options: dict[str, Any] = Field(default_factory=dict)
+    calibration: Calibration = Field(default_factory=Calibration)
+    text: str | None = None
+    evaluation_windows: int = Field(64, ge=0)
+    seed: int = 0
+    device: str = "auto"
+    dtype: DType = "auto"
+    measure_speed: bool = True
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        return Pattern.parse(self.pattern)
+
+    @property
+    def resolved_sparsity(self) -> float:
+        """The sparsity asked for, from the number or from the N:M pattern. Raises `RecipeError`."""
+        implied = self.parsed_pattern.sparsity
+        if self.sparsity is None:
+            if implied is None:
+                raise RecipeError("no sparsity", "a fraction between 0 and 1", "add --sparsity 0.5 or --pattern 2:4")
+            return implied
+        if not 0 <= self.sparsity < 1:
+            raise RecipeError(
+                f"sparsity {self.sparsity:g}",
+                "a fraction removed, at least 0 and below 1",
+                "for half of the weights give 0.5",
+            )
+        if implied is not None and abs(implied - self.sparsity) > 1e-9:
+            raise RecipeError(
+                f"sparsity {self.sparsity:g} with pattern {self.pattern}",
+                f"{implied:g}, which {self.pattern} fixes",
+                "leave --sparsity out",
+            )
+        return self.sparsity
+
+    def validated(self) -> Recipe:
+        """Check everything that needs no model: sparsity, pattern, method, allocation and their options.
+
+        Raises:
+            RecipeError: the first thing that does not exist or does not fit, with a suggestion.
+        """
+        from secateur.weights.allocation import ALLOCATIONS
+        from secateur.weights.base import METHODS
+
+        _ = self.resolved_sparsity
+        METHODS.get(self.method).from_options(self.options)
+        ALLOCATIONS.get(self.allocation).from_options(self.allocation_options)
+        if self.parsed_pattern.kind == "global" and self.allocation != "uniform":
+            raise RecipeError(
+                f"pattern global with allocation {self.allocation!r}",
+                "one of the two, since both spread the budget over the blocks",
+                "leave --allocation out",
+            )
+        return self
+
+
+def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+    """Validate `values` as `model`; a wrong or unknown key becomes one clear line."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(f"unknown key {key!r} in {where}", "", did_you_mean(key, _keys(model))) from error
+        raise RecipeError(f"{key} = {first['input']!r} in {where}", first["msg"].lower()) from error
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    nested = [f"calibration.{name}" for name in Calibration.model_fields] if model is Recipe else []
+    return [*model.model_fields, *nested]
+
+
+def read_recipe(path: Path, **overrides: Any) -> Recipe:
+    """A recipe from a YAML file; keys given on the command line win over those in the file.
+
+    Raises:
+        InputError: file missing or not YAML.
+        RecipeError: an unknown or wrong key.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read ({error.strerror})", "a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not YAML ({str(error).splitlines()[0]})", "keys and values") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} holds a {type(values).__name__}", "keys and values, such as 'method: wanda'")
+    recipe: Recipe = parse(Recipe, {**values, **overrides}, str(path))
+    return recipe
