@@ -1,4 +1,4 @@
-"""The commands, and how their errors reach the user: one line on stderr, exit 2 for bad input, 1 otherwise."""
+"""The commands, and how errors reach the user: one line on stderr, exit 2 for bad input, 1 otherwise."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ def bench(
     model: Annotated[str, Parameter(help="a folder, a hub id, or seedling")],
     /,
     *,
-    against: Annotated[str | None, Parameter(help="the dense model, measured in turn in the same run")] = None,
+    against: Annotated[
+        str | None, Parameter(help="the dense model, measured in turn in the same run")
+    ] = None,
     prompt_tokens: Annotated[int, Parameter(help="tokens of the prompt")] = 128,
     new_tokens: Annotated[int, Parameter(help="tokens to decode")] = 32,
     repeats: Annotated[int, Parameter(help="counted repeats")] = 5,
@@ -32,6 +34,6 @@ def bench(
     if json:
         print_json(result)
         return
-    from secateur.report.text import benched
+    from secateur.cli.render import benched
 
     show(*benched(result))

@@ -12,24 +12,45 @@ from cyclopts import Parameter
 from secateur.core.errors import RecipeError
 
 __all__ = [
-    "AllocationOptions", "AsJson", "Device", "DTypeName", "Length", "MethodOptions", "Samples", "Seed",
-    "parse_options", "print_json", "show",
+    "AllocationOptions",
+    "AsJson",
+    "DTypeName",
+    "Device",
+    "Length",
+    "MethodOptions",
+    "Samples",
+    "Seed",
+    "parse_options",
+    "print_json",
+    "show",
 ]
 
-AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="print one JSON object to stdout and nothing else")]
+AsJson = Annotated[
+    bool, Parameter(name="--json", negative=(), help="print one JSON object to stdout and nothing else")
+]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:n")]
 DTypeName = Annotated[
-    str, Parameter(name="--dtype", help="computing precision: auto (float32 on a CPU), float32, bfloat16 or float16")
+    str,
+    Parameter(
+        name="--dtype", help="computing precision: auto (float32 on a CPU), float32, bfloat16 or float16"
+    ),
 ]
 Seed = Annotated[int, Parameter(help="seed of sampling and random choices")]
 Samples = Annotated[int, Parameter(help="calibration windows")]
-Length = Annotated[int | None, Parameter(help="tokens a window; by default the model's maximum, at most 2048")]
+Length = Annotated[
+    int | None, Parameter(help="tokens a window; by default the model's maximum, at most 2048")
+]
 MethodOptions = Annotated[
-    list[str] | None, Parameter(name=["-O", "--option"], negative=(), help="an option of the method, name=value; repeat it")
+    list[str] | None,
+    Parameter(name=["-O", "--option"], negative=(), help="an option of the method, name=value; repeat it"),
 ]
 AllocationOptions = Annotated[
     list[str] | None,
-    Parameter(name=["-A", "--allocation-option"], negative=(), help="an option of the allocation, name=value; repeat it"),
+    Parameter(
+        name=["-A", "--allocation-option"],
+        negative=(),
+        help="an option of the allocation, name=value; repeat it",
+    ),
 ]
 
 

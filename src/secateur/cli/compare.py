@@ -25,6 +25,6 @@ def compare(
     if json:
         print_json({"out": str(out), "runs": rows})
         return
-    from secateur.report.text import compared
+    from secateur.cli.render import compared
 
     show(compared(rows), f"written: {out}")

@@ -19,6 +19,6 @@ def inspect(
     if json:
         print_json(facts)
         return
-    from secateur.report.text import inspection
+    from secateur.cli.render import inspection
 
     show(*inspection(facts))

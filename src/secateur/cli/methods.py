@@ -9,7 +9,9 @@ from cyclopts import Parameter
 from secateur.cli.common import AsJson, print_json, show
 
 
-def methods(name: Annotated[str | None, Parameter(help="show one method whole")] = None, /, *, json: AsJson = False) -> None:
+def methods(
+    name: Annotated[str | None, Parameter(help="show one method whole")] = None, /, *, json: AsJson = False
+) -> None:
     """List the methods and allocations: what each removes, what it observes, its options and its paper."""
     from rich.table import Table
 
@@ -23,7 +25,11 @@ def methods(name: Annotated[str | None, Parameter(help="show one method whole")]
         table = Table("id", "family", "removes", "observes", "paper", box=None, header_style="bold")
         for entry in entries:
             table.add_row(
-                entry["id"], entry["family"], entry["removes"], ", ".join(entry["statistics"]) or "nothing", entry["paper"]
+                entry["id"],
+                entry["family"],
+                entry["removes"],
+                ", ".join(entry["statistics"]) or "nothing",
+                entry["paper"],
             )
         show(table, "\n[dim]secateur methods NAME shows options and what to expect[/dim]")
         return
@@ -31,8 +37,14 @@ def methods(name: Annotated[str | None, Parameter(help="show one method whole")]
         options = Table("option", "type", "default", "meaning", box=None, header_style="bold")
         for option in entry["options"]:
             options.add_row(option["name"], option["type"], str(option["default"]), option["description"])
-        show(f"[bold]{entry['id']}[/bold] ({entry['family']}): {entry['summary']}", f"removes: {entry['removes']}")
-        show(f"observes: {', '.join(entry['statistics']) or 'nothing'}", f"paper: {entry['paper']} {entry['url']}")
+        show(
+            f"[bold]{entry['id']}[/bold] ({entry['family']}): {entry['summary']}",
+            f"removes: {entry['removes']}",
+        )
+        show(
+            f"observes: {', '.join(entry['statistics']) or 'nothing'}",
+            f"paper: {entry['paper']} {entry['url']}",
+        )
         show(f"effect: {entry['effect']}")
         if entry["options"]:
             show(options)

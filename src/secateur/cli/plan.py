@@ -36,7 +36,9 @@ def plan(
     allocation_option: AllocationOptions = None,
     device: Device = "auto",
     dtype: DTypeName = "auto",
-    recipe: Annotated[Path | None, Parameter(help="a YAML file with these settings; options given here win")] = None,
+    recipe: Annotated[
+        Path | None, Parameter(help="a YAML file with these settings; options given here win")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Show bytes, peak memory and time of a run before a weight is read, and whether it will be faster."""
@@ -54,6 +56,6 @@ def plan(
     if json:
         print_json(facts)
         return
-    from secateur.report.text import planned
+    from secateur.cli.render import planned
 
     show(*planned(facts))

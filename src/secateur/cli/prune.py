@@ -30,7 +30,9 @@ MethodName = Annotated[str | None, Parameter(help="see: secateur methods")]
 Sparsity = Annotated[float | None, Parameter(help="fraction of the prunable parameters to remove")]
 PatternText = Annotated[str, Parameter(help="unstructured, row, matrix, global or N:M (keep N of M inputs)")]
 AllocationName = Annotated[str, Parameter(help="uniform, owl or alpha")]
-CalibrationSource = Annotated[str, Parameter(help="self (sampled from the model), a .txt, .jsonl or .parquet file, or a hub data set")]
+CalibrationSource = Annotated[
+    str, Parameter(help="self (sampled from the model), a .txt, .jsonl or .parquet file, or a hub data set")
+]
 
 
 def prune(
@@ -45,7 +47,9 @@ def prune(
     calibration: CalibrationSource = "self",
     samples: Samples = 128,
     length: Length = None,
-    column: Annotated[str | None, Parameter(help="column of the calibration file that holds the text")] = None,
+    column: Annotated[
+        str | None, Parameter(help="column of the calibration file that holds the text")
+    ] = None,
     batch_size: Annotated[int, Parameter(help="windows a forward pass")] = 8,
     text: Annotated[str | None, Parameter(help="held-out text for perplexity before and after")] = None,
     evaluation_windows: Annotated[int, Parameter(help="windows to evaluate; 0 for none")] = 64,
@@ -56,7 +60,9 @@ def prune(
     dtype: DTypeName = "auto",
     measure_speed: Annotated[bool, Parameter(help="measure prefill and decode before and after")] = True,
     resume: Annotated[bool, Parameter(negative=(), help="go on where a killed run stopped")] = False,
-    recipe: Annotated[Path | None, Parameter(help="a YAML file with these settings; options given here win")] = None,
+    recipe: Annotated[
+        Path | None, Parameter(help="a YAML file with these settings; options given here win")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Prune a checkpoint, block by block, and write an ordinary checkpoint with its report.
@@ -67,10 +73,11 @@ def prune(
         "model": model, "method": method, "sparsity": sparsity, "pattern": pattern, "allocation": allocation,
         "options": parse_options(option), "allocation_options": parse_options(allocation_option),
         "calibration": {
-            "source": calibration, "samples": samples, "length": length, "column": column, "batch_size": batch_size,
+            "source": calibration, "samples": samples, "length": length, "column": column,
+            "batch_size": batch_size,
         },
-        "text": text, "evaluation_windows": evaluation_windows, "seed": seed, "device": device, "dtype": dtype,
-        "measure_speed": measure_speed,
+        "text": text, "evaluation_windows": evaluation_windows, "seed": seed, "device": device,
+        "dtype": dtype, "measure_speed": measure_speed,
     }  # fmt: skip
     parsed = build_recipe(given, recipe)
 
@@ -93,7 +100,10 @@ def build_recipe(given: dict[str, Any], file: Path | None) -> Any:
 
     if file is not None:
         return read_recipe(file, **_changed(given))
-    for key, remedy in (("model", "secateur prune MODEL ..."), ("method", "add --method wanda; see: secateur methods")):
+    for key, remedy in (
+        ("model", "secateur prune MODEL ..."),
+        ("method", "add --method wanda; see: secateur methods"),
+    ):
         if not given[key]:
             raise RecipeError(f"no {key}", f"a {key}", remedy)
     return parse(Recipe, given, "the command line")

@@ -66,7 +66,9 @@ def plan_budget(
     pattern = asked.resolve(method.default_pattern)
     sparsity = recipe.resolved_sparsity
     if asked.kind == "global":
-        counts = _global_matrix_sparsities(method, driver, gradients, sparsity, recipe.seed, scratch, progress)
+        counts = _global_matrix_sparsities(
+            method, driver, gradients, sparsity, recipe.seed, scratch, progress
+        )
         return Budget(Pattern("matrix"), (sparsity,) * len(anatomy.blocks), counts)
     allocation = ALLOCATIONS.get(recipe.allocation).from_options(recipe.allocation_options)
     allocation.check_pattern(pattern)
@@ -107,15 +109,22 @@ def _global_matrix_sparsities(
     files: list[Path] = []
     sizes: dict[str, int] = {}
     for opened in _dense_pass(driver, progress, "scoring the dense model"):
-        observed = opened.observe(method.statistics - {"gradient"}, record_output=False) if method.statistics else {}
+        observed = (
+            opened.observe(method.statistics - {"gradient"}, record_output=False) if method.statistics else {}
+        )
         found = gradients.load(opened.index) if gradients else {}
         scores: dict[str, Tensor] = {}
         for matrix in opened.block.matrices:
             name = f"{opened.index}.{matrix.name}"
             weight = matrix.view(opened.parameters).detach().float().contiguous()
             problem = Problem(
-                name, weight, statistics_of(matrix, observed), Pattern("matrix"), sparsity,
-                gradient=found.get(matrix.name), generator=generator_for(seed, name),
+                name,
+                weight,
+                statistics_of(matrix, observed),
+                Pattern("matrix"),
+                sparsity,
+                gradient=found.get(matrix.name),
+                generator=generator_for(seed, name),
             )
             scores[name] = method.score(problem).cpu().contiguous()
             sizes[name] = weight.numel()

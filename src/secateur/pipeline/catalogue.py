@@ -43,7 +43,8 @@ def _facts(method: type[Method]) -> dict[str, Any]:
         "options": [
             {
                 "name": key,
-                "type": getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", ""),
+                "type": getattr(field.annotation, "__name__", None)
+                or str(field.annotation).replace("typing.", ""),
                 "default": field.default,
                 "description": field.description or "",
             }

@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from secateur.calibration.windows import Windows, load_windows
-from secateur.core.errors import CalibrationError, InputError
+from secateur.core.errors import CalibrationError
 from secateur.core.progress import Progress
 from secateur.evaluation.memory import available_memory_bytes
 from secateur.pipeline.opened import Opened
-from secateur.recipe import MAX_DEFAULT_LENGTH, Recipe
+from secateur.recipe import MAX_DEFAULT_LENGTH, Calibration, Recipe
 
-__all__ = ["RunData", "load_evaluation", "load_run_data", "window_length"]
+__all__ = ["RunData", "load_run_data", "load_windows_for", "split_run_data", "window_length"]
 
 MEMORY_FRACTION = 0.8
 
@@ -44,7 +45,8 @@ def window_length(opened: Opened, asked: int | None) -> int:
         return min(opened.max_length, MAX_DEFAULT_LENGTH)
     if asked > opened.max_length:
         raise CalibrationError(
-            f"windows of {asked} tokens", f"at most {opened.max_length}, the longest input of this model",
+            f"windows of {asked} tokens",
+            f"at most {opened.max_length}, the longest input of this model",
             f"use --length {opened.max_length}",
         )
     return asked
@@ -56,17 +58,25 @@ def load_run_data(opened: Opened, recipe: Recipe, progress: Progress, cache: Pat
     With no text of its own the evaluation uses windows of the same source that calibration does not see.
 
     Args:
-        cache: folder of an earlier run of the same recipe, whose sampled windows are taken again.
+        cache: folder of an earlier run of the same recipe, whose windows are taken again.
 
     Raises:
         CalibrationError: text that is missing, empty or too short.
     """
     wanted = recipe.calibration.samples
     spare = recipe.evaluation_windows if recipe.text is None else 0
-    windows = _cached(cache) or _load(opened, recipe, wanted + spare, progress)
-    if recipe.text is not None:
-        evaluation = load_evaluation(opened, recipe.text, recipe, progress)
-        return RunData(windows, evaluation, f"the first windows of {recipe.text}")
+    windows = _cached(cache) or load_windows_for(
+        opened, recipe.calibration, wanted + spare, recipe.seed, progress
+    )
+    if recipe.text is not None and recipe.evaluation_windows:
+        held = recipe.calibration.model_copy(update={"source": recipe.text, "column": None})
+        evaluation = load_windows_for(opened, held, recipe.evaluation_windows, recipe.seed, progress)
+        return RunData(windows, evaluation, "the first windows of the text given")
+    return split_run_data(windows, wanted, spare)
+
+
+def split_run_data(windows: Windows, wanted: int, spare: int) -> RunData:
+    """Keep the last windows back for the evaluation; a source that is too short is shared in proportion."""
     if not spare:
         return RunData(windows, None, "not evaluated")
     if len(windows) < 2:
@@ -76,37 +86,23 @@ def load_run_data(opened: Opened, recipe: Recipe, progress: Progress, cache: Pat
     return RunData(observed, held, f"the last {kept_back} windows of the calibration source, not observed")
 
 
-def load_evaluation(opened: Opened, text: str, recipe: Recipe, progress: Progress) -> Windows | None:
-    """Evaluation windows from held-out text."""
-    if not recipe.evaluation_windows:
-        return None
-    return load_windows(
-        text,
-        tokenizer=opened.tokenizer,
-        samples=recipe.evaluation_windows,
-        length=window_length(opened, recipe.calibration.length),
-        seed=recipe.seed,
-        column=recipe.calibration.column if not text.endswith(".txt") else None,
-    )
+def load_windows_for(
+    opened: Opened, calibration: Calibration, samples: int, seed: int, progress: Progress
+) -> Windows:
+    """Windows of the source that `calibration` names, sampled from the model itself for `self`."""
 
-
-def _load(opened: Opened, recipe: Recipe, samples: int, progress: Progress) -> Windows:
-    calibration = recipe.calibration
-    length = window_length(opened, calibration.length)
-
-    def load_whole() -> object:
+    def whole() -> PreTrainedModel:
         _refuse_if_too_large(opened)
-        device = torch.device("cpu")
-        return opened.load(torch.float32, device)
+        return opened.load(torch.float32, torch.device("cpu"))
 
     return load_windows(
         calibration.source,
         tokenizer=opened.tokenizer,
         samples=samples,
-        length=length,
-        seed=recipe.seed,
+        length=window_length(opened, calibration.length),
+        seed=seed,
         column=calibration.column,
-        model=load_whole,
+        model=whole,
         progress=progress,
     )
 
@@ -116,7 +112,7 @@ def _refuse_if_too_large(opened: Opened) -> None:
     available = available_memory_bytes()
     if needed > MEMORY_FRACTION * available:
         raise CalibrationError(
-            f"sampling from the model itself needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free",
+            f"self-sampling needs {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free",
             "a model that fits into memory",
             "give text instead: --calibration FILE.txt",
         )

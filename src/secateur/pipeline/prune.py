@@ -1,10 +1,9 @@
-"""The run: observe, score, plan, apply block by block, verify, write."""
+"""A pruning run on files: from a recipe and a checkpoint to a checkpoint with its report."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from torch import Tensor
 import secateur
 from secateur.calibration.distributed import Group
 from secateur.calibration.driver import Driver, OpenBlock
-from secateur.calibration.gradients import GradientStore, collect_gradients
+from secateur.calibration.gradients import GradientStore
 from secateur.checkpoint.writer import CheckpointWriter
-from secateur.core.errors import ResumeError
-from secateur.core.pattern import Pattern
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
+from secateur.pipeline.blocks import gradients_for, prune_blocks
 from secateur.pipeline.budget import (
     budget_as_json,
     budget_from_json,
@@ -30,21 +28,22 @@ from secateur.pipeline.budget import (
     uniform_budget,
 )
 from secateur.pipeline.data import RunData, load_run_data, save_cache
-from secateur.pipeline.matrices import Budget, prune_block
+from secateur.pipeline.matrices import Budget
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
-from secateur.pipeline.verify import Verdict, verify
+from secateur.pipeline.record import Sizes, build_report
+from secateur.pipeline.verify import verify
 from secateur.recipe import Recipe
+from secateur.report.card import model_card
+from secateur.report.html import render
 from secateur.report.model import Block, Layer, Report
 from secateur.weights.base import WeightMethod
 
 __all__ = ["prune_checkpoint"]
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class Run:
-    """What one pruning run carries from step to step."""
+    """What one pruning run carries from step to step; `writer` is None on all processes but the first."""
 
     recipe: Recipe
     opened: Opened
@@ -56,6 +55,14 @@ class Run:
     group: Group | None
     writer: CheckpointWriter | None
 
+    def driver(self, read: Callable[[int], dict[str, Tensor] | None] | None = None) -> Driver:
+        """A fresh pass over the blocks; `read(i)` supplies blocks that are already pruned."""
+        windows = self.data.calibration
+        if self.group:
+            windows = windows.shard(self.group.rank, self.group.world)
+        source = self.opened.source(self.device, self.dtype, read=read)
+        return Driver(source, windows, batch_size=self.recipe.calibration.batch_size, group=self.group)
+
 
 def prune_checkpoint(
     recipe: Recipe,
@@ -64,7 +71,7 @@ def prune_checkpoint(
     resume: bool = False,
     command: str = "",
     progress: Progress = SILENT,
-) -> Report:
+) -> Report | None:
     """Prune a checkpoint folder into `out` and report what it cost.
 
     The source is read block by block and never changed; finished blocks are durable at once.
@@ -74,6 +81,9 @@ def prune_checkpoint(
         out: folder that does not exist, is empty, or holds an unfinished run (with `resume`).
         resume: go on where a killed run of the very same recipe stopped.
         command: the command line, for the report.
+
+    Returns:
+        The report; None on every process but the first of a `torchrun`.
 
     Raises:
         InputError: anything about the request, the model or the text that cannot be used.
@@ -85,24 +95,72 @@ def prune_checkpoint(
     method = method_of(recipe)
     check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
     device = choose_device(recipe.device)
-    dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
     group = Group.from_environment(device)
-    CheckpointWriter.check(out, opened.checkpoint, resume=resume)
+    first = group is None or group.rank == 0
+    if first:
+        CheckpointWriter.check(out, opened.checkpoint, resume=resume)
     scratch = out / ".secateur" / "scratch"
     data = load_run_data(opened, recipe, progress, cache=scratch if resume else None)
-    writer = None
-    if group is None or group.rank == 0:
-        writer = CheckpointWriter(out, opened.checkpoint, fingerprint(recipe, opened, data), resume=resume)
+    marks = fingerprint(recipe, opened, data)
+    writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume) if first else None
+    if writer and writer.merged:
+        writer.finish()
+        return Report.load(out)
+    if writer:
         save_cache(data, writer.workspace)
+    dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
     run = Run(recipe, opened, method, data, device, dtype, progress, group, writer)
     layers, blocks = _apply(run, scratch)
     if writer is None:
-        return Report.empty(recipe.method)
+        return None
     _copy_outer(run, writer)
-    verdict = verify(run.opened, writer, recipe, data, device, dtype, progress)
-    report = _report(run, layers, blocks, verdict, command, time.perf_counter() - started)
-    writer.finish(extra=report.files())
+    report = _judge(run, writer, layers, blocks, marks, command, started)
+    writer.finish(extra=_files(report, opened))
     return report
+
+
+def _judge(
+    run: Run,
+    writer: CheckpointWriter,
+    layers: list[Layer],
+    blocks: list[Block],
+    marks: dict[str, Any],
+    command: str,
+    started: float,
+) -> Report:
+    """Quality and speed before and after, put down with everything else that is known of the run."""
+    verdict = verify(
+        run.opened,
+        lambda index: writer.read(part_name(index)),
+        run.recipe,
+        run.data,
+        run.device,
+        run.dtype,
+        run.progress,
+    )
+    checkpoint = run.opened.checkpoint
+    return build_report(
+        run.recipe,
+        run.method,
+        family=run.opened.anatomy.family,
+        sizes=Sizes.unchanged(checkpoint.parameters, checkpoint.nbytes, layers),
+        layers=layers,
+        blocks=blocks,
+        verdict=verdict,
+        calibration=run.data.calibration,
+        fingerprint=marks,
+        command=command,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _files(report: Report, opened: Opened) -> dict[str, str | bytes]:
+    return {
+        "report.json": report.model_dump_json(indent=2) + "\n",
+        "report.html": render(report),
+        "README.md": model_card(report, opened.folder),
+    }
 
 
 def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]:
@@ -118,68 +176,58 @@ def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]
 
 def _apply(run: Run, scratch: Path) -> tuple[list[Layer], list[Block]]:
     """Prune block by block, each written before the next is opened; finished ones are only replayed."""
-    done = run.writer.parts if run.writer else {}
-    windows = run.data.calibration
-    if run.group:
-        done = run.group.broadcast(done)
-        windows = windows.shard(run.group.rank, run.group.world)
-    batch_size = run.recipe.calibration.batch_size
-    dense = Driver(run.opened.source(run.device, run.dtype), windows, batch_size=batch_size, group=run.group)
-    gradients = _gradients(run, dense, scratch)
+    done = _finished(run)
+    dense = run.driver()
+    gradients = gradients_for(run.method, dense, scratch, run.progress, run.group)
     budget = _budget(run, dense, gradients, scratch)
+    return prune_blocks(
+        run.driver(read=_reader(run, set(done))),
+        run.method,
+        budget,
+        gradients,
+        run.recipe.seed,
+        run.progress,
+        finished=done,
+        store=lambda block: _store(run, block),
+    )
+
+
+def _finished(run: Run) -> dict[int, dict[str, Any]]:
+    parts = dict(run.writer.parts) if run.writer else {}
+    if run.group:
+        parts = run.group.broadcast(parts)
+    indices = range(len(run.opened.anatomy.blocks))
+    return {index: parts[part_name(index)] for index in indices if part_name(index) in parts}
+
+
+def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | None]:
+    """Read a pruned block from its part; processes without a writer are told its tensors."""
 
     def read(index: int) -> dict[str, Tensor] | None:
-        return run.writer.read(part_name(index)) if run.writer and part_name(index) in done else None
+        if index not in done:
+            return None
+        tensors = run.writer.read(part_name(index)) if run.writer else None
+        return run.group.broadcast(tensors) if run.group else tensors
 
-    driver = Driver(
-        run.opened.source(run.device, run.dtype, read=read), windows, batch_size=batch_size, group=run.group
-    )
-    layers: list[Layer] = []
-    blocks: list[Block] = []
-    with run.progress.task(f"pruning with {run.method.id}", len(run.opened.anatomy.blocks)) as task:
-        for opened in driver.blocks(forward=bool(run.method.statistics)):
-            record = done.get(part_name(opened.index))
-            if record is not None:
-                opened.finish()
-            else:
-                record = _prune_open_block(run, opened, budget, gradients)
-            layers += [Layer.model_validate(row) for row in record["layers"]]
-            blocks.append(Block.model_validate(record["block"]))
-            task.advance(note=_note(blocks[-1]))
-    return layers, blocks
+    return read
 
 
-def _prune_open_block(
-    run: Run, opened: OpenBlock, budget: Budget, gradients: GradientStore | None
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    needs = run.method.statistics - {"gradient"}
-    observed = opened.observe(needs) if needs else {}
-    found: Mapping[str, Tensor] = gradients.load(opened.index) if gradients else {}
-    rows = prune_block(opened, run.method, budget, observed, found, run.recipe.seed)
-    observed.clear()
-    stored = _stored_tensors(run.opened, opened)
-    loss = opened.finish()
-    seconds = time.perf_counter() - started
-    record = {
-        "layers": [row.model_dump(mode="json") for row in rows],
-        "block": Block(block=opened.index, loss=loss, seconds=seconds).model_dump(mode="json"),
-    }
-    if run.writer:
-        run.writer.write(part_name(opened.index), stored, record)
-    return record
-
-
-def _stored_tensors(opened: Opened, block: OpenBlock) -> dict[str, Tensor]:
-    """The block as its file will hold it; the block itself goes on with the very same rounded values."""
-    in_files = opened.layout.disassemble(block.index, block.parameters)
+def _store(run: Run, block: OpenBlock) -> Callable[[dict[str, Any]], None]:
+    """Round the block to the dtypes of its file, so that what propagates is what is written."""
+    checkpoint, layout = run.opened.checkpoint, run.opened.layout
     stored = {
-        name: tensor.detach().to("cpu", opened.checkpoint.tensors[name].dtype) for name, tensor in in_files.items()
+        name: tensor.detach().to("cpu", checkpoint.tensors[name].dtype)
+        for name, tensor in layout.disassemble(block.index, block.parameters).items()
     }
     with torch.no_grad():
-        for name, tensor in opened.layout.assemble(block.index, stored).items():
+        for name, tensor in layout.assemble(block.index, stored).items():
             block.parameters[name].copy_(tensor)
-    return stored
+
+    def keep(record: dict[str, Any]) -> None:
+        if run.writer:
+            run.writer.write(part_name(block.index), stored, record)
+
+    return keep
 
 
 def _copy_outer(run: Run, writer: CheckpointWriter) -> None:
@@ -187,15 +235,6 @@ def _copy_outer(run: Run, writer: CheckpointWriter) -> None:
     names = [*run.opened.layout.outer_names(), *run.opened.layout.untouched]
     if "outer" not in writer.parts:
         writer.write("outer", run.opened.checkpoint.read(names), {})
-
-
-def _gradients(run: Run, dense: Driver, scratch: Path) -> GradientStore | None:
-    if "gradient" not in run.method.statistics:
-        return None
-    norm = getattr(run.method, "norm", "l2")
-    return collect_gradients(
-        dense.source, dense.windows, norm=norm, folder=scratch / "gradients", progress=run.progress, group=run.group
-    )
 
 
 def _budget(run: Run, dense: Driver, gradients: GradientStore | None, scratch: Path) -> Budget:
@@ -217,7 +256,3 @@ def _budget(run: Run, dense: Driver, gradients: GradientStore | None, scratch: P
 
 def part_name(index: int) -> str:
     return f"block-{index:05d}"
-
-
-def _note(row: Block) -> str:
-    return f"loss {row.loss:.2e}" if row.loss is not None else ""

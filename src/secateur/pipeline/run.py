@@ -8,13 +8,22 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from secateur.core.errors import OutputError, RecipeError
 from secateur.core.progress import SILENT, Progress
+from secateur.evaluation.memory import machine_facts, peak_memory_bytes
+from secateur.evaluation.quality import compare_quality, perplexity, protocol_of
+from secateur.evaluation.speed import compare_speed, measure_speed
+from secateur.evaluation.tasks import run_tasks
+from secateur.pipeline.data import load_windows_for
+from secateur.pipeline.opened import choose_device, choose_dtype, open_model
 from secateur.pipeline.prune import prune_checkpoint
 from secateur.pipeline.prune_memory import prune_model
-from secateur.recipe import Recipe, parse
+from secateur.recipe import Calibration, Recipe, parse
+from secateur.report.compare import compare as draw
+from secateur.report.files import write_text
 from secateur.report.model import Report
 
-__all__ = ["prune"]
+__all__ = ["bench", "compare", "evaluate", "prune"]
 
 
 def prune(
@@ -31,7 +40,7 @@ def prune(
     Args:
         model: local folder, hub id, `seedling`, or a loaded `PreTrainedModel`.
         out: folder for the result (for a folder or hub id).
-        tokenizer: of a loaded model, where text is read; `self` calibration needs none.
+        tokenizer: of a loaded model, where text is read.
         resume: go on where a killed run stopped.
         settings: fields of `Recipe`: method, sparsity, pattern, allocation, options, calibration, ...
             `calibration` may be a source (`"self"`, a path) or a dictionary of `Calibration` fields.
@@ -48,13 +57,144 @@ def prune(
     calibration = settings.get("calibration")
     if isinstance(calibration, (str, Path)):
         settings["calibration"] = {"source": str(calibration)}
+    name = (model.config.name_or_path or "in memory") if isinstance(model, PreTrainedModel) else str(model)
+    recipe: Recipe = parse(Recipe, {"model": name, **settings}, "the settings")
     if isinstance(model, PreTrainedModel):
-        recipe: Recipe = parse(Recipe, {"model": model.config.name_or_path or "in memory", **settings}, "the settings")
         return prune_model(model, recipe, tokenizer=tokenizer, progress=progress)
-    from secateur.core.errors import OutputError
-
     if out is None:
         raise OutputError("no output folder", "a folder for the result", "give out='pruned'")
-    recipe = parse(Recipe, {"model": str(model), **settings}, "the settings")
-    command = f"secateur.prune({str(model)!r}, {str(out)!r}, ...)"
+    command = f"secateur.prune({name!r}, {str(out)!r}, ...)"
     return prune_checkpoint(recipe, Path(out), resume=resume, command=command, progress=progress)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | None = None,
+    column: str | None = None,
+    windows: int = 128,
+    length: int | None = None,
+    batch_size: int = 8,
+    tasks: Sequence[str] | None = None,
+    task_folder: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Perplexity of a folder, its divergence from a dense model, and tasks.
+
+    Args:
+        against: the dense model.
+        text: file, hub data set or `self` (sampled from `against`, else from the model). Without text
+            and tasks, `self`.
+        windows, length: how much is read, in windows and tokens a window.
+
+    Returns:
+        `perplexity`, with `against` also `perplexity_dense`, `kl_divergence` (nats a token) and
+        `top1_agreement`; `protocol`; with tasks `tasks`.
+
+    Raises:
+        InputError: a model, text or task that cannot be used.
+    """
+    opened = open_model(model)
+    dense = open_model(against) if against is not None else None
+    chosen = choose_device(device)
+    precision = choose_dtype(dtype, chosen, opened.stored_dtype)
+    result: dict[str, Any] = {"model": str(model)}
+    if text is not None or not tasks:
+        calibration = Calibration(
+            source=text or "self", samples=windows, length=length, column=column, batch_size=batch_size
+        )
+        data = load_windows_for(dense or opened, calibration, windows, seed, progress)
+        result["protocol"] = protocol_of(data, precision, opened.folder)
+        source = opened.source(chosen, precision)
+        if dense is None:
+            result["perplexity"] = perplexity(source, data, batch_size=batch_size, progress=progress)
+        else:
+            _require_same_vocabulary(opened, dense)
+            before, after = compare_quality(
+                dense.source(chosen, precision), source, data, batch_size=batch_size, progress=progress
+            )
+            result |= {
+                "against": str(against),
+                "perplexity": after.perplexity,
+                "perplexity_dense": before.perplexity,
+                "kl_divergence": after.kl_divergence,
+                "top1_agreement": after.top1_agreement,
+            }
+    if tasks:
+        loaded = opened.load(precision, chosen)
+        result["tasks"] = run_tasks(
+            loaded, opened.tokenizer, list(tasks), task_folder=task_folder, limit=limit, batch_size=batch_size
+        )
+    return result
+
+
+def _require_same_vocabulary(opened: Any, dense: Any) -> None:
+    sizes = opened.config.vocab_size, dense.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise RecipeError(
+            f"{opened.name} has a vocabulary of {sizes[0]} and {dense.name} of {sizes[1]}",
+            "a model and its own dense original",
+            "give the folder that was pruned",
+        )
+
+
+def bench(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Prefill and decode speed apart, batch 1 and 8, median and spread; with `against` measured in turn.
+
+    Raises:
+        InputError: a model that cannot be loaded.
+    """
+    chosen = choose_device(device)
+    opened = open_model(model)
+    precision = choose_dtype(dtype, chosen, opened.stored_dtype)
+    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    loaded = opened.load(precision, chosen)
+    result: dict[str, Any] = {
+        "model": str(model), "bytes": opened.checkpoint.nbytes, "machine": machine_facts(),
+        "dtype": str(precision).removeprefix("torch."), **settings,
+    }  # fmt: skip
+    with progress.task("timing", 1) as task:
+        if against is None:
+            result["speed"] = measure_speed(loaded, **settings).as_dict()
+        else:
+            other = open_model(against)
+            both = compare_speed(loaded, other.load(precision, chosen), **settings)
+            result |= {"against": str(against), "bytes_against": other.checkpoint.nbytes, **both.as_dict()}
+        task.advance()
+    result["peak_memory_bytes"] = peak_memory_bytes()
+    return result
+
+
+def compare(runs: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:
+    """Draw several runs in one page and return their rows.
+
+    Raises:
+        InputError: a folder without a report.
+    """
+    reports = [Report.load(run) for run in runs]
+    write_text(Path(out), draw([Path(run) for run in runs]))
+    return [{"run": str(run), **_row(report)} for run, report in zip(runs, reports, strict=True)]
+
+
+def _row(report: Report) -> dict[str, Any]:
+    keys = (
+        *("model", "method", "pattern", "allocation", "sparsity", "bytes_before", "bytes_after"),
+        *("perplexity_before", "perplexity_after", "kl_divergence", "top1_agreement"),
+        *("decode_tokens_per_second_before", "decode_tokens_per_second_after"),
+    )
+    return {key: getattr(report, key) for key in keys}

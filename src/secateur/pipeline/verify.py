@@ -132,7 +132,9 @@ def load_pruned(opened: Opened, read: ReadPart, dtype: torch.dtype, device: torc
         stored = read(index)
         if stored is None:
             continue
-        parameters = {name: tensor.to(dtype) for name, tensor in opened.layout.assemble(index, stored).items()}
+        parameters = {
+            name: tensor.to(dtype) for name, tensor in opened.layout.assemble(index, stored).items()
+        }
         blocks[index].load_state_dict(parameters, strict=False)
         assert block.index == index
     return model

@@ -1,0 +1,116 @@
+"""From what a run did and measured to its report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+import transformers
+
+import secateur
+from secateur.calibration.windows import Windows
+from secateur.evaluation.memory import machine_facts
+from secateur.pipeline.verify import Verdict
+from secateur.recipe import Recipe
+from secateur.report.effect import effect
+from secateur.report.model import Block, Calibration, Layer, Machine, Protocol, Report
+from secateur.weights.base import WeightMethod
+
+__all__ = ["Sizes", "build_report", "digest", "versions"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters and bytes before and after, and how many weights are not zero by plan."""
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    nonzero_parameters_before: int
+    nonzero_parameters_after: int
+
+    @classmethod
+    def unchanged(cls, parameters: int, nbytes: int, layers: Sequence[Layer]) -> Sizes:
+        """Zeros in dense files: the same parameters and bytes, fewer weights that are not zero."""
+        zeros = sum(round(layer.sparsity * layer.rows * layer.columns) for layer in layers)
+        return cls(parameters, parameters, nbytes, nbytes, parameters, parameters - zeros)
+
+
+def build_report(
+    recipe: Recipe,
+    method: WeightMethod,
+    *,
+    family: str,
+    sizes: Sizes,
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+    verdict: Verdict,
+    calibration: Windows | None,
+    fingerprint: dict[str, Any],
+    command: str,
+    seconds: float,
+    peak_memory_bytes: int | None,
+) -> Report:
+    """Everything the contract with users asks for, validated."""
+    total = sum(layer.rows * layer.columns for layer in layers)
+    zeros = sum(layer.sparsity * layer.rows * layer.columns for layer in layers)
+    observed = calibration if method.statistics else None
+    measured = {**verdict.values, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes}
+    missing = dict(verdict.not_measured)
+    if peak_memory_bytes is None:
+        missing["peak_memory_bytes"] = "this system does not tell"
+    sparsity = recipe.resolved_sparsity
+    return Report(
+        model=recipe.model,
+        family=family,
+        method=recipe.method,
+        pattern=recipe.pattern,
+        allocation=recipe.allocation,
+        options=method.model_dump(mode="json"),
+        sparsity_requested=sparsity,
+        sparsity=zeros / total,
+        **vars(sizes),
+        **measured,
+        protocol=Protocol(**verdict.protocol) if verdict.protocol else None,
+        calibration=None if observed is None else _calibration(observed),
+        seed=recipe.seed,
+        versions=versions(),
+        machine=Machine(**machine_facts()),
+        date=datetime.now(timezone.utc),
+        command=command,
+        fingerprint=digest(fingerprint),
+        effect=effect(
+            recipe.pattern, sparsity, removes=method.removes,
+            bytes_before=sizes.bytes_before, bytes_after=sizes.bytes_after,
+        ),
+        layers=list(layers),
+        blocks=list(blocks),
+        not_measured=missing,
+    )  # fmt: skip
+
+
+def _calibration(windows: Windows) -> Calibration:
+    return Calibration(
+        source=windows.source, windows=len(windows), length=windows.length, sha256=windows.sha256
+    )
+
+
+def digest(fingerprint: dict[str, Any]) -> str:
+    """One short hash of a flat fingerprint."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    return {
+        "secateur": secateur.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,22 @@
+"""What several rooms of the tests share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Texts and trained models that are not part of the project; tests that need them are skipped without."""
+    folder = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no trained models in {folder} (set SECATEUR_SHARED)")
+    return folder
