@@ -13,7 +13,7 @@ from secateur.calibration.driver import Driver
 from secateur.calibration.source import MemorySource
 from secateur.calibration.windows import Windows, load_windows
 from secateur.core.errors import CalibrationError
-from secateur.core.progress import Progress
+from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
 from secateur.evaluation.quality import perplexity, protocol_of
 from secateur.pipeline.blocks import gradients_for, prune_blocks
@@ -22,9 +22,10 @@ from secateur.pipeline.data import RunData, split_run_data
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.verify import QUALITY_KEYS, SPEED_KEYS, Verdict
 from secateur.recipe import MAX_DEFAULT_LENGTH, Recipe
-from secateur.report.model import Report
+from secateur.report.model import Block, Layer, Report
+from secateur.weights.base import WeightMethod
 
-__all__ = ["prune_model"]
+__all__ = ["prune_model", "prune_with_windows"]
 
 
 def prune_model(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any, progress: Progress) -> Report:
@@ -47,11 +48,7 @@ def prune_model(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any, progr
     verdict = Verdict()
     if data.evaluation is not None:
         verdict.values["perplexity_before"] = perplexity(source, data.evaluation, batch_size=batch_size)
-    driver = Driver(source, data.calibration, batch_size=batch_size)
-    with tempfile.TemporaryDirectory() as scratch:
-        gradients = gradients_for(method, driver, Path(scratch), progress)
-        budget = plan_budget(recipe, method, driver, gradients, Path(scratch), progress)
-        layers, blocks = prune_blocks(driver, method, budget, gradients, recipe.seed, progress)
+    layers, blocks = _prune(source, recipe, method, data.calibration, progress)
     if data.evaluation is not None:
         verdict.values["perplexity_after"] = perplexity(source, data.evaluation, batch_size=batch_size)
         verdict.protocol = {**protocol_of(data.evaluation, source.dtype, tokenizer), "split": data.held_out}
@@ -72,6 +69,31 @@ def prune_model(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any, progr
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def prune_with_windows(
+    model: PreTrainedModel, recipe: Recipe, calibration: Windows, progress: Progress = SILENT
+) -> list[Layer]:
+    """Prune `model` in place on windows that are at hand, and measure nothing else.
+
+    Returns:
+        One row a matrix.
+    """
+    recipe = recipe.validated()
+    method = method_of(recipe)
+    source = MemorySource(model)
+    check_pattern_fits(source.anatomy, method, recipe.parsed_pattern)
+    return _prune(source, recipe, method, calibration, progress)[0]
+
+
+def _prune(
+    source: MemorySource, recipe: Recipe, method: WeightMethod, calibration: Windows, progress: Progress
+) -> tuple[list[Layer], list[Block]]:
+    driver = Driver(source, calibration, batch_size=recipe.calibration.batch_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        gradients = gradients_for(method, driver, Path(scratch), progress)
+        budget = plan_budget(recipe, method, driver, gradients, Path(scratch), progress)
+        return prune_blocks(driver, method, budget, gradients, recipe.seed, progress)
 
 
 def _not_measured(verdict: Verdict) -> dict[str, str]:
