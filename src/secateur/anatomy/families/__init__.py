@@ -1,1 +1,1 @@
-
+"""One data file a model type."""

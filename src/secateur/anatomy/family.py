@@ -1,0 +1,93 @@
+"""Family files: `families/<model_type>.yaml`, read, merged with the file they extend, and checked."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from secateur.core.errors import AnatomyError
+
+__all__ = ["Family", "MatrixEntry", "known_families", "load_family"]
+
+_FOLDER = resources.files("secateur.anatomy") / "families"
+_SECTIONS = ("spaces", "sizes", "matrices", "vectors", "files")
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class MatrixEntry(_Entry):
+    """A prunable matrix, or with `experts` one of each expert.
+
+    Attributes:
+        rows, columns: axis expressions of the output and the input.
+        input: site shared by the matrices that read one tensor; a site of its own when left out.
+            Expert matrices read `experts_input` (first product) or `experts_hidden` (second).
+        experts: axis expression of the first dimension of a 3-D parameter.
+        layout: `in_out` where the tensor is stored transposed.
+    """
+
+    rows: str
+    columns: str
+    input: str | None = None
+    experts: str | None = None
+    layout: Literal["out_in", "in_out"] = "out_in"
+
+
+class Family(_Entry):
+    """One family file. See docs: "add a model family".
+
+    Attributes:
+        blocks: path of the list of blocks.
+        norm: path of the norm before the head.
+        spaces: dimensions that can be resized -> size expression over config keys, or several to try in turn.
+        sizes: other numbers that shapes are made of.
+        matrices: by module path inside the block. Their biases need no mention.
+        vectors: all other parameters and persistent buffers of a block, with one axis expression a dimension.
+        files: parameters that are stored under other names than in memory.
+    """
+
+    blocks: str
+    norm: str
+    spaces: dict[str, str | list[str]]
+    sizes: dict[str, str | list[str]] = {}
+    matrices: dict[str, MatrixEntry]
+    vectors: dict[str, str | list[str]]
+    files: dict[str, list[str]] = {}
+
+
+def known_families() -> tuple[str, ...]:
+    """Model types with a family file."""
+    names = (entry.name for entry in _FOLDER.iterdir())
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+
+
+@cache
+def load_family(model_type: str) -> Family | None:
+    """The family file of a model type, `None` without one. Raises `AnatomyError` when it is malformed."""
+    if model_type not in known_families():
+        return None
+    try:
+        return Family.model_validate(_merged(model_type))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise AnatomyError(f"family file {model_type}.yaml, {place}", first["msg"].lower()) from error
+
+
+def _merged(name: str) -> dict[str, Any]:
+    """The file over the one it `extends`, entry by entry; an entry set to null is taken out."""
+    content: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    merged = {**_merged(parent), **{key: value for key, value in content.items() if key not in _SECTIONS}}
+    for section in _SECTIONS:
+        entries = {**merged.get(section, {}), **content.get(section, {})}
+        merged[section] = {key: value for key, value in entries.items() if value is not None}
+    return merged

@@ -1,0 +1,212 @@
+"""Names and shapes on disk against names and shapes in memory: a bijection, one block at a time.
+
+Three things differ between a checkpoint and the loaded model: the prefix of the base model may be left out,
+some families rename, and experts lie on disk as one 2-D tensor an expert and projection but in memory as one
+3-D parameter. Which of these hold is read off the tensor names of the very checkpoint, so what is written has
+the form of what was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from secateur.anatomy.model import Anatomy, Axis, Block, Shape
+from secateur.core.errors import CheckpointError
+
+__all__ = ["FileLayout"]
+
+EXPERT = "*"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor on disk and where it lies in a parameter: which expert, which rows (`None`: all of them)."""
+
+    name: str
+    shape: Shape
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view of `parameter` that this piece is."""
+        part = parameter if self.expert is None else parameter[self.expert]
+        return part if self.rows is None else part[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How one parameter is stored."""
+
+    shape: Shape
+    pieces: tuple[_Piece, ...]
+
+    def assemble(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        first = tensors[self.pieces[0].name]
+        if self._whole:
+            return first
+        parameter = torch.empty(self.shape, dtype=first.dtype, device=first.device)
+        for piece in self.pieces:
+            tensor = tensors[piece.name]
+            if tensor.dtype != first.dtype:
+                raise CheckpointError(
+                    f"{piece.name} is {tensor.dtype} and {self.pieces[0].name} is {first.dtype}",
+                    "one dtype for tensors that become one parameter",
+                    "convert the checkpoint to one dtype first",
+                )
+            piece.of(parameter).copy_(tensor)
+        return parameter
+
+    def disassemble(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return ((piece.name, piece.of(parameter)) for piece in self.pieces)
+
+    @property
+    def _whole(self) -> bool:
+        return len(self.pieces) == 1 and self.pieces[0].shape == self.shape
+
+
+class FileLayout:
+    """The layout of one checkpoint.
+
+    Attributes:
+        untouched: tensors of no parameter (rotary tables, prediction layers that are not loaded, ...),
+            to be carried over as they are.
+
+    Args:
+        anatomy: of the model.
+        tensors: shape of every tensor on disk.
+
+    Raises:
+        CheckpointError: a parameter without a tensor, or of another shape than its tensor.
+    """
+
+    def __init__(self, anatomy: Anatomy, tensors: Mapping[str, Shape]) -> None:
+        self._anatomy, self._tensors = anatomy, tensors
+        self._blocks = [self._block(block) for block in anatomy.blocks]
+        self._outer = self._outer_parameters()
+        used = {name for index in range(len(self._blocks)) for name in self.block_names(index)}
+        used.update(self.outer_names())
+        self.untouched = [name for name in tensors if name not in used]
+
+    def block_names(self, index: int) -> list[str]:
+        """Names on disk of what block `index` is made of."""
+        return _names(self._blocks[index])
+
+    def outer_names(self) -> list[str]:
+        """Names on disk of embedding, head, norms and whatever else stands outside the blocks."""
+        return _names(self._outer)
+
+    def assemble(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of `block_names(index)` -> parameters and persistent buffers by name inside the block.
+
+        Whole tensors are handed on without a copy. Raises `CheckpointError` when parts of one parameter
+        differ in dtype.
+        """
+        return {name: stored.assemble(tensors) for name, stored in self._blocks[index].items()}
+
+    def disassemble(self, index: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The exact inverse of `assemble`; the tensors are views of the parameters."""
+        block = self._blocks[index].items()
+        return dict(piece for name, stored in block for piece in stored.disassemble(parameters[name]))
+
+    def assemble_outer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of `outer_names()` -> full names in the model.
+
+        A tied parameter is there under all its names, as one tensor, unless the files hold two that differ:
+        then, as in `from_pretrained`, they are two parameters.
+        """
+        found = {name: stored.assemble(tensors) for name, stored in self._outer.items()}
+        for alias, source in self._anatomy.tied.items():
+            own, shared = found.get(alias), found.get(source)
+            if own is None or shared is None or torch.equal(own, shared):
+                found[alias] = found[source] = own if shared is None else shared  # type: ignore[assignment]
+        return found
+
+    def _block(self, block: Block) -> dict[str, _Stored]:
+        return {
+            name: self._require(f"{block.prefix}.{name}", partial(self._forms, block, name))
+            for name in block.parameters
+        }
+
+    def _outer_parameters(self) -> dict[str, _Stored]:
+        """Of tied names those that the files have, at least one."""
+        anatomy = self._anatomy
+        stored: dict[str, _Stored] = {}
+        for name, shape in anatomy.outer.items():
+            aliases = [alias for alias, source in anatomy.tied.items() if source == name]
+            found = {known: self._find(self._outer_forms(known, shape)) for known in (name, *aliases)}
+            present = {known: self._check(known, form) for known, form in found.items() if form is not None}
+            stored.update(present or {name: self._require(name, partial(self._outer_forms, name, shape))})
+        return stored
+
+    def _forms(self, block: Block, name: str) -> Iterator[_Stored]:
+        """Ways in which a parameter of a block may be stored, the likeliest first."""
+        shape = block.parameters[name]
+        for prefix in self._prefixes(block.prefix + "."):
+            yield _Stored(shape, (_Piece(prefix + name, shape),))
+            if name in self._anatomy.files:
+                yield _Stored(shape, tuple(self._pieces(block, name, prefix)))
+
+    def _outer_forms(self, name: str, shape: Shape) -> Iterator[_Stored]:
+        for candidate in (name, *self._anatomy.files.get(name, ())):
+            for variant in self._prefixes(candidate):
+                yield _Stored(shape, (_Piece(variant, shape),))
+
+    def _pieces(self, block: Block, name: str, prefix: str) -> Iterator[_Piece]:
+        """The parts of a parameter: for each expert the row segments in order, one a name."""
+        shape = block.parameters[name]
+        patterns = [prefix + pattern for pattern in self._anatomy.files[name]]
+        experts: Iterable[int | None] = range(shape[0]) if EXPERT in patterns[0] else (None,)
+        plane = shape if experts == (None,) else shape[1:]
+        parts = _parts(block.axes[name][len(shape) - len(plane)], len(patterns))
+        for expert in experts:
+            for pattern, rows in zip(patterns, parts, strict=True):
+                size = plane if rows is None else (rows[1] - rows[0], *plane[1:])
+                yield _Piece(pattern.replace(EXPERT, str(expert)), size, expert, rows)
+
+    def _prefixes(self, name: str) -> list[str]:
+        """A full name, and the same without the prefix of the base model."""
+        base = self._anatomy.base_prefix + "."
+        return [name, name.removeprefix(base)] if base != "." and name.startswith(base) else [name]
+
+    def _find(self, forms: Iterable[_Stored]) -> _Stored | None:
+        return next((form for form in forms if all(p.name in self._tensors for p in form.pieces)), None)
+
+    def _require(self, parameter: str, forms: Callable[[], Iterable[_Stored]]) -> _Stored:
+        found = self._find(forms())
+        if found is None:
+            names = " or ".join(dict.fromkeys(form.pieces[0].name for form in forms()))
+            raise CheckpointError(
+                f"the files have no tensor for {parameter}",
+                names,
+                "the checkpoint is incomplete, or not one of this config",
+            )
+        return self._check(parameter, found)
+
+    def _check(self, parameter: str, stored: _Stored) -> _Stored:
+        for piece in stored.pieces:
+            seen = tuple(self._tensors[piece.name])
+            if seen != piece.shape:
+                raise CheckpointError(
+                    f"{piece.name} has shape {seen} on disk",
+                    f"{piece.shape} for {parameter}",
+                    "the config does not belong to these files",
+                )
+        return stored
+
+
+def _parts(rows: Axis, count: int) -> list[tuple[int, int] | None]:
+    """Where `count` tensors lie along the rows: one is all of them, several are the segments."""
+    if count == 1:
+        return [None]
+    stops = list(accumulate(segment.size for segment in rows.segments))
+    return list(zip([0, *stops], stops, strict=False))
+
+
+def _names(parameters: Mapping[str, _Stored]) -> list[str]:
+    return [piece.name for stored in parameters.values() for piece in stored.pieces]
