@@ -1,1 +1,1 @@
-
+"""Safetensors checkpoints: read piece by piece, written part by part, resumed after a kill. No model here."""

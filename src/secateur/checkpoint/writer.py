@@ -1,0 +1,205 @@
+"""A checkpoint written part by part: crash-safe, resumable, in place only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.checkpoint.durable import sync_folder, write_bytes
+from secateur.checkpoint.journal import Journal, plain
+from secateur.checkpoint.merge import Placed, copy_files, merge_weights, write_json
+from secateur.checkpoint.place import bytes_below, entries, require_disk, require_place
+from secateur.checkpoint.reader import Checkpoint
+from secateur.checkpoint.safetensors_file import read_header, read_tensors, save_tensors
+from secateur.core.errors import OutputError
+
+__all__ = ["CheckpointWriter"]
+
+HIDDEN = ".secateur"
+CONFIG = "config.json"
+DISK_FACTOR = 2.1  # all parts, the merged files, and room for what lies beside them
+
+
+class CheckpointWriter:
+    """Collects parts in `OUT/.secateur/` and turns them into a checkpoint with the source's names.
+
+    Killed at any moment and opened again with `resume`, it ends in the same bytes as without the kill,
+    provided that the caller writes the same tensors.
+
+    Args:
+        out: a folder that is empty or does not exist; its parents are made.
+        source: the checkpoint whose tensor names, config and companions the output takes over.
+        fingerprint: flat, JSON values: everything the result depends on. A resumed run has the same.
+        resume: go on with the unfinished run in `out`, or begin when there is none.
+
+    Raises:
+        OutputError: `out` is not empty, not writable, at or inside the source, holds an unfinished run
+            without `resume`, or the disk is too small. Nothing has been created then.
+        ResumeError: the unfinished run has another fingerprint.
+
+    >>> writer = CheckpointWriter(out, source, {"sparsity": 0.5}, resume=True)  # doctest: +SKIP
+    >>> writer.write("block 0", tensors, {"loss": 0.1})  # doctest: +SKIP
+    >>> writer.finish()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, out: Path, source: Checkpoint, fingerprint: dict[str, Any], *, resume: bool = False
+    ) -> None:
+        self.out, self.source = Path(out).expanduser(), source
+        self._hidden = self.out / HIDDEN
+        self._parts, self._final = self._hidden / "parts", self._hidden / "final"
+        require_place(self.out, source.folder)
+        self._journal = self._find_journal(fingerprint, resume)
+        self._journal.require(fingerprint)
+        if not self.merged:
+            present_bytes = bytes_below(self._parts) + bytes_below(self._final)
+            require_disk(self.out, int(DISK_FACTOR * source.nbytes) - present_bytes)
+            self._begin()
+
+    @property
+    def parts(self) -> Mapping[str, dict[str, Any]]:
+        """Finished parts and their records, in the order of their first write."""
+        return self._journal.parts
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What `note` kept, in this run or before."""
+        return self._journal.notes
+
+    @property
+    def merged(self) -> bool:
+        """Everything is computed: only `finish()` is left to call, and its arguments are settled.
+
+        The parts may be gone already.
+        """
+        return self._journal.merged
+
+    @property
+    def workspace(self) -> Path:
+        """A folder for intermediate results; it goes with `finish`."""
+        folder = self._hidden / "scratch"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def write(self, part: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Keep tensors (source names, any shape, strides or device) and a JSON record as finished."""
+        record = plain(record)
+        save_tensors(self._path(part), tensors)
+        self._journal.parts[part] = record
+        self._journal.save()
+
+    def read(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a finished part. Raises `KeyError` for any other."""
+        if part not in self.parts:
+            raise KeyError(part)
+        path = self._path(part)
+        return read_tensors(path, read_header(path).values())
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a small JSON value."""
+        self._journal.notes[key] = plain(value)
+        self._journal.save()
+
+    def finish(
+        self,
+        *,
+        config_updates: dict[str, Any] | None = None,
+        extra: dict[str, str | bytes] | None = None,
+        shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Merge the parts, add config and companions, move all into place, remove the workspace.
+
+        Tensors lie in the source's order: an unchanged checkpoint of one file comes out byte for byte.
+        Killed inside, the same call after a resume ends the work.
+
+        Args:
+            config_updates: top-level keys of the source's config to replace or add.
+            extra: further files by name, such as `report.json`.
+            shard_bytes: a file of weights is closed before it grows beyond this.
+
+        Raises:
+            ValueError: a tensor of the source was never written, or one was written in two parts.
+            OutputError: the disk is full.
+        """
+        if not self.merged:
+            self._merge(config_updates or {}, extra or {}, shard_bytes)
+            self._journal.merged = True
+            self._journal.save()
+        self._publish()
+        self._tidy()
+
+    def _find_journal(self, fingerprint: dict[str, Any], resume: bool) -> Journal:
+        journal = Journal.load(self._hidden)
+        if journal is not None:
+            if resume:
+                return journal
+            raise OutputError(
+                f"{self.out} holds an unfinished run", "", "add --resume or choose another folder"
+            )
+        others = [path.name for path in entries(self.out) if path != self._hidden]
+        # A workspace without a journal: killed before the first step or after the last but one of `finish`.
+        last_step = bool(others) and resume and self._hidden.is_dir()
+        if others and not last_step:
+            raise OutputError(
+                f"{self.out} is not empty (it holds {others[0]})",
+                "an unfinished run or an empty folder" if resume else "an empty folder",
+                "choose another output folder",
+            )
+        return Journal(self._hidden, plain(fingerprint), merged=last_step)
+
+    def _begin(self) -> None:
+        try:
+            self._parts.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.out)
+        except OSError as error:
+            raise OutputError(
+                f"{self.out} cannot be written ({error.strerror})", "", "choose another"
+            ) from error
+        self._journal.save()
+
+    def _path(self, part: str) -> Path:
+        number = list(self.parts).index(part) if part in self.parts else len(self.parts)
+        return self._parts / f"{number:05d}.safetensors"
+
+    def _merge(self, config_updates: dict[str, Any], extra: dict[str, str | bytes], shard_bytes: int) -> None:
+        if self._final.exists():
+            shutil.rmtree(self._final)
+        self._final.mkdir()
+        merge_weights(self._final, self._placed(), shard_bytes)
+        copy_files(self.source.companions(), self.source.folder, self._final)
+        write_json(self._final / CONFIG, {**self.source.config, **config_updates})
+        for name, content in extra.items():
+            write_bytes(self._final / name, content.encode() if isinstance(content, str) else content)
+
+    def _placed(self) -> list[Placed]:
+        """Where each tensor lies, in the source's order; those the source lacks come last."""
+        placed: dict[str, Placed] = {}
+        for path in map(self._path, self.parts):
+            for name, info in read_header(path).items():
+                if name in placed:
+                    raise ValueError(f"tensor {name!r} was written in two parts")
+                placed[name] = Placed(path, info)
+        rank = {name: number for number, name in enumerate(self.source.tensors)}
+        if missing := [name for name in rank if name not in placed]:
+            raise ValueError(f"{len(missing)} tensors were never written, the first is {missing[0]!r}")
+        return sorted(placed.values(), key=lambda place: rank.get(place.info.name, len(rank)))
+
+    def _publish(self) -> None:
+        """Move the files into place; the config, without which nothing loads the folder, comes last."""
+        for path in sorted(entries(self._final), key=lambda path: path.name == CONFIG):
+            os.replace(path, self.out / path.name)
+        sync_folder(self.out)
+
+    def _tidy(self) -> None:
+        """Remove the workspace, its journal last."""
+        for folder in filter(Path.is_dir, entries(self._hidden)):
+            shutil.rmtree(folder)
+        self._journal.remove()
+        if self._hidden.exists():
+            shutil.rmtree(self._hidden)
+        sync_folder(self.out)
