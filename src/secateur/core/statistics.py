@@ -50,4 +50,7 @@ class InputStatistics:
         """No token, or only zeros, arrived at this input."""
         if self.tokens == 0:
             return True
-        return self.second_moment is not None and not bool((self.second_moment > 0).any())
+        energy = self.second_moment
+        if energy is None and self.hessian is not None:
+            energy = self.hessian.diagonal()
+        return energy is not None and not bool((energy > 0).any())

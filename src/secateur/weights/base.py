@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
+from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.method import Method
 from secateur.core.pattern import Pattern
 from secateur.core.registry import Registry
 from secateur.core.selection import select
 from secateur.core.statistics import InputStatistics
 
-__all__ = ["METHODS", "Problem", "Solution", "WeightMethod", "register"]
+__all__ = ["METHODS", "OtherMethod", "Problem", "Solution", "WeightMethod", "input_norms", "register"]
 
 METHODS: Registry[type[WeightMethod]] = Registry(
     "method",
@@ -38,6 +40,7 @@ class Problem:
         sparsity: fraction to remove.
         gradient: (out, in) float32 accumulated gradient magnitude, where the method asked for it.
         generator: seeded for this very matrix, independent of the order of work.
+        permutable: the caller can reorder the inputs and fold that into whatever produces them.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Problem:
     sparsity: float
     gradient: Tensor | None = None
     generator: torch.Generator | None = None
+    permutable: bool = False
 
 
 @dataclass
@@ -58,12 +62,20 @@ class Solution:
         kept: (out, in) bool.
         notes: numbers worth reporting (iterations, losses).
         fallbacks: what had to be done differently than asked, one plain phrase each.
+        permutation: (in,) int64 order of the inputs in which `kept` holds an N:M pattern, where that is
+            not the stored one (only for a `permutable` problem).
     """
 
     weight: Tensor
     kept: Tensor
     notes: dict[str, float] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
+    permutation: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, kept: Tensor, **rest: Any) -> Solution:
+        """The kept weights as they are, a positive zero everywhere else."""
+        return cls(weight.masked_fill(~kept, 0.0), kept, **rest)
 
 
 class WeightMethod(Method):
@@ -79,15 +91,35 @@ class WeightMethod(Method):
 
     def score(self, problem: Problem) -> Tensor:
         """(out, in) importance of each weight; the smallest go."""
-        raise TypeError(f"{type(self).__name__} prunes without a score of single weights")
+        raise RecipeError(
+            f"method {self.id!r} where a score of single weights is needed", "a scoring method", "use wanda"
+        )
 
     def prune(self, problem: Problem) -> Solution:
         """Drop the smallest scores of each comparison group."""
-        kept = select(self.score(problem), problem.pattern, problem.sparsity)
-        return Solution(problem.weight * kept, kept)
+        scores = self.score(problem)
+        return Solution.of(
+            problem.weight, select(scores, problem.pattern, problem.sparsity, name=problem.name)
+        )
 
 
 def register(method: type[WeightMethod]) -> type[WeightMethod]:
     """Class decorator: put a method into the catalogue under its `id`."""
     METHODS.register(method.id)(method)
     return method
+
+
+def input_norms(inputs: InputStatistics) -> Tensor:
+    """(in,) float32 norms of Wanda; inputs that were always zero get a tiny one, so that the weights
+    behind them still compete by magnitude instead of by position."""
+    return inputs.input_norms().clamp_min(1e-30)
+
+
+def _check_known(name: str) -> str:
+    if name and name not in METHODS:
+        raise ValueError(f"a known method; {did_you_mean(name, METHODS.names())}")
+    return name
+
+
+OtherMethod = Annotated[str, AfterValidator(_check_known)]
+"""An option that names another method of the catalogue (empty: none)."""

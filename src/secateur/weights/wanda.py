@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur.core.method import Paper
 from secateur.core.statistics import Statistic
-from secateur.weights.base import Problem, WeightMethod, register
+from secateur.weights.base import Problem, WeightMethod, input_norms, register
 
 __all__ = ["Wanda"]
 
@@ -24,4 +24,4 @@ class Wanda(WeightMethod):
     needs: ClassVar[frozenset[Statistic]] = frozenset({"second_moment"})
 
     def score(self, problem: Problem) -> Tensor:
-        return problem.weight.abs() * problem.inputs.input_norms()
+        return problem.weight.abs() * input_norms(problem.inputs)

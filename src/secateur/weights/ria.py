@@ -1,0 +1,61 @@
+"""RIA: how much of its row and of its column a weight is."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from secateur.core.method import Paper
+from secateur.core.pattern import Pattern
+from secateur.core.selection import select_groups
+from secateur.core.statistics import Statistic
+from secateur.weights.base import Problem, Solution, WeightMethod, input_norms, register
+from secateur.weights.permutation import Algorithm, best_permutation
+
+__all__ = ["Ria"]
+
+
+@register
+class Ria(WeightMethod):
+    """Score (|W|/column sum + |W|/row sum) * sqrt(a_j)^a, compared within the matrix
+    (one-shot-baselines, section 2.5).
+
+    With an N:M pattern, `permutation` chooses the groups among reordered inputs. The order must be folded
+    into the producers of the inputs; where the caller cannot do that, the stored order is used and said.
+    """
+
+    id: ClassVar[str] = "ria"
+    paper: ClassVar[Paper | None] = Paper(
+        "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", 2024
+    )
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"second_moment"})
+    default_pattern: ClassVar[Pattern] = Pattern("matrix")
+
+    a: float = Field(0.5, ge=0, description="exponent of the input norm")
+    permutation: Algorithm = Field("none", description="order of the inputs for N:M, where it can be folded")
+
+    def score(self, problem: Problem) -> Tensor:
+        magnitude = problem.weight.abs()
+        tiny = 1e-30  # a row or column of zeros has no importance instead of an undefined one
+        by_column = magnitude.sum(0).clamp_min(tiny).reciprocal()
+        by_row = magnitude.sum(1, keepdim=True).clamp_min(tiny).reciprocal()
+        return magnitude * (by_column + by_row) * input_norms(problem.inputs) ** self.a
+
+    def prune(self, problem: Problem) -> Solution:
+        if self.permutation == "none" or problem.pattern.kind != "n:m":
+            return super().prune(problem)
+        if not problem.permutable:
+            solution = super().prune(problem)
+            solution.fallbacks.append(
+                "inputs left in their stored order: another one cannot be folded into what produces them"
+            )
+            return solution
+        return self._prune_permuted(problem)
+
+    def _prune_permuted(self, problem: Problem) -> Solution:
+        scores = self.score(problem)
+        order = best_permutation(scores, problem.pattern, self.permutation)
+        kept = select_groups(scores[:, order], problem.pattern)[:, order.argsort()]
+        return Solution.of(problem.weight, kept, permutation=order)

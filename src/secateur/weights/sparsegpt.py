@@ -1,0 +1,105 @@
+"""SparseGPT: the weights that stay make up for those that go."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from secateur.core.method import Paper
+from secateur.core.pattern import Pattern
+from secateur.core.selection import drop_count, drop_smallest, select_groups
+from secateur.core.statistics import Statistic
+from secateur.weights.base import METHODS, OtherMethod, Problem, Solution, WeightMethod, register
+from secateur.weights.obs import Choose, inverse_factor, sweep
+
+__all__ = ["SparseGPT", "hessian_fallbacks"]
+
+PANEL = 32
+"""Columns that go one by one between two products; any width gives the same result."""
+
+
+@register
+class SparseGPT(WeightMethod):
+    """Optimal brain surgeon, column by column (one-shot-baselines, section 2.4).
+
+    The comparison group is published as all rows times `blocksize` columns, chosen when the sweep reaches
+    them; `matrix` means that, and `row` the same count in every row of the block. Either way the counts
+    of the blocks add up to the exact count of the matrix or row. N:M groups are chosen as the sweep
+    reaches them. Inputs that were never active do not lose their weights by rule, as published, but
+    compete with the damping as their only curvature.
+    """
+
+    id: ClassVar[str] = "sparsegpt"
+    paper: ClassVar[Paper | None] = Paper(
+        "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023, "2301.00774"
+    )
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+    default_pattern: ClassVar[Pattern] = Pattern("matrix")
+
+    blocksize: int = Field(128, ge=1, description="columns chosen together")
+    damping: float = Field(0.01, ge=0, le=1, description="fraction of the mean diagonal added to it")
+    mask: OtherMethod = Field("", description="method that chooses what goes; empty: SparseGPT itself")
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return self.needs | METHODS.get(self.mask)().statistics if self.mask else self.needs
+
+    def score(self, problem: Problem) -> Tensor:
+        """W^2 / U_jj^2 before any update, for a choice across matrices."""
+        upper, _ = inverse_factor(problem.inputs, self.damping)
+        return (problem.weight / upper.diagonal()).square()
+
+    def prune(self, problem: Problem) -> Solution:
+        chosen = METHODS.get(self.mask)().prune(problem) if self.mask else None
+        upper, damping = inverse_factor(problem.inputs, self.damping)
+        grouped = problem.pattern.kind == "n:m"
+        width = problem.pattern.of if grouped else 1
+        weight, kept, loss = sweep(
+            problem.weight,
+            upper,
+            _chooser(problem, chosen.kept if chosen else None),
+            block=max(self.blocksize // width, 1) * width,
+            panel=width if grouped and not chosen else PANEL,
+            lazy=grouped,
+        )
+        # the published Hessian is 2/s times the sum over tokens, its loss e^2/2
+        notes = {"obs_loss": float(loss) / max(problem.inputs.sequences, 1)}
+        fallbacks = hessian_fallbacks(problem, self.damping, damping)
+        return Solution(weight, kept, notes, fallbacks + (chosen.fallbacks if chosen else []))
+
+
+def hessian_fallbacks(problem: Problem, asked: float, used: float) -> list[str]:
+    """What a report must say about the Hessian of this matrix."""
+    fallbacks = []
+    if used > asked:
+        fallbacks.append(f"damping raised from {asked:g} to {used:g} of the mean diagonal: singular Hessian")
+    assert problem.inputs.hessian is not None
+    silent = int((problem.inputs.hessian.diagonal() <= 0).sum())
+    if silent:
+        fallbacks.append(
+            f"{silent} of {problem.inputs.columns} inputs were always zero: "
+            "their weights compete by magnitude and change only if dropped"
+        )
+    return fallbacks
+
+
+def _chooser(problem: Problem, kept: Tensor | None) -> Choose:
+    """How the weights of some columns are chosen, given (out, width) scores."""
+    pattern, (rows, columns) = problem.pattern, problem.weight.shape
+    if kept is not None:
+        return lambda scores, span: kept[:, span]
+    if pattern.kind == "n:m":
+        return lambda scores, span: select_groups(scores, pattern)
+    size = columns if pattern.kind == "row" else rows * columns
+    total = drop_count(size, problem.sparsity)
+
+    def choose(scores: Tensor, span: slice) -> Tensor:
+        # differences of a running total: the blocks add up to it without drift
+        count = total * span.stop // columns - total * span.start // columns
+        if pattern.kind == "row":
+            return drop_smallest(scores, count)
+        return drop_smallest(scores.flatten(), count).view(scores.shape)
+
+    return choose
