@@ -1,1 +1,1 @@
-"""What a model is made of, as data: one short file a family, checked against the model; files against memory."""
+"""What a model is made of, as data: a short file a family, checked against the model; files and memory."""

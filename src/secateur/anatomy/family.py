@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from secateur.anatomy.model import SiteKind
 from secateur.core.errors import AnatomyError
 
 __all__ = ["Family", "MatrixEntry", "known_families", "load_family"]
@@ -37,6 +38,22 @@ class MatrixEntry(_Entry):
     input: str | None = None
     experts: str | None = None
     layout: Literal["out_in", "in_out"] = "out_in"
+
+    @model_validator(mode="after")
+    def _check_input(self) -> MatrixEntry:
+        kinds = [kind for kind in get_args(SiteKind) if kind != "input"]
+        if (self.experts is not None) != (self.input in kinds):
+            raise ValueError(f"matrices of experts, and no others, read {' or '.join(kinds)}")
+        return self
+
+    @property
+    def transposed(self) -> bool:
+        return self.layout == "in_out"
+
+    @property
+    def kind(self) -> SiteKind:
+        """How the input can be observed."""
+        return cast(SiteKind, self.input) if self.experts else "input"
 
 
 class Family(_Entry):

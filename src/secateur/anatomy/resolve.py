@@ -12,14 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from secateur.anatomy.axes import evaluate, parse_axis
 from secateur.anatomy.family import Family, MatrixEntry, load_family
 from secateur.anatomy.infer import infer
-from secateur.anatomy.model import Anatomy, Axis, Block, Matrix, Shape, Site, SiteKind
+from secateur.anatomy.model import Anatomy, Axis, Block, Matrix, Shape, Site
 from secateur.anatomy.outline import Outline, outline
 from secateur.anatomy.skeleton import build_meta, build_skeleton, check_decoder
 from secateur.core.errors import AnatomyError
 
 __all__ = ["build_skeleton", "resolve"]
-
-EXPERT_SITES: dict[str, SiteKind] = {"experts_input": "experts_input", "experts_hidden": "experts_hidden"}
 
 
 def resolve(config: PretrainedConfig, skeleton: PreTrainedModel | None = None) -> Anatomy:
@@ -96,7 +94,7 @@ class _Resolver:
             matrices += made
             axes[parameter] = self._matrix_axes(entry)
             axes[f"{path}.bias"] = (made[0].rows,)
-            sites.setdefault(made[0].input, _site(path, made[0]))
+            sites.setdefault(made[0].input, _site(path, entry))
         for name, expressions in self.family.vectors.items():
             if name in shapes:
                 axes[name] = tuple(map(self._axis, _listed(expressions)))
@@ -116,7 +114,7 @@ class _Resolver:
 
     def _matrices(self, path: str, parameter: str, entry: MatrixEntry) -> list[Matrix]:
         rows, columns = self._axis(entry.rows), self._axis(entry.columns)
-        transposed, site = entry.layout == "in_out", entry.input or path
+        transposed, site = entry.transposed, entry.input or path
         if entry.experts is None:
             return [Matrix(path, parameter, None, transposed, rows, columns, site)]
         experts = self._axis(entry.experts).size
@@ -128,7 +126,7 @@ class _Resolver:
     def _matrix_axes(self, entry: MatrixEntry) -> tuple[Axis, ...]:
         """In the order of the dimensions in memory."""
         plane = [self._axis(entry.rows), self._axis(entry.columns)]
-        if entry.layout == "in_out":
+        if entry.transposed:
             plane.reverse()
         return (self._axis(entry.experts), *plane) if entry.experts else tuple(plane)
 
@@ -151,10 +149,9 @@ class _Resolver:
                 )
 
 
-def _site(path: str, matrix: Matrix) -> Site:
-    if matrix.expert is None:
-        return Site(matrix.input, path, "input")
-    return Site(matrix.input, path.rpartition(".")[0], EXPERT_SITES[matrix.input])
+def _site(path: str, entry: MatrixEntry) -> Site:
+    module = path.rpartition(".")[0] if entry.experts else path
+    return Site(entry.input or path, module, entry.kind)
 
 
 def _check_layout(block: nn.Module, path: str, entry: MatrixEntry) -> None:
@@ -164,7 +161,7 @@ def _check_layout(block: nn.Module, path: str, entry: MatrixEntry) -> None:
         transposed = getattr(experts, "is_transposed", None)
     else:
         transposed = isinstance(block.get_submodule(path), Conv1D)
-    if transposed is not None and transposed != (entry.layout == "in_out"):
+    if transposed is not None and transposed != entry.transposed:
         raise AnatomyError(
             f"{path} is stored as {'(in, out)' if transposed else '(out, in)'}",
             f"{entry.layout} from its family file",

@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 
 from secateur.core.errors import AnatomyError
 
-__all__ = ["build_meta", "build_skeleton", "check_decoder", "load_tensors", "unload_tensors"]
+__all__ = ["build_meta", "build_skeleton", "check_decoder", "load_tensors", "one_line", "unload_tensors"]
 
 REMEDY = "see the docs, 'add a model family', for what is supported"
 
@@ -50,8 +50,13 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def build_meta(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, **options: Any
+) -> PreTrainedModel:
     """The model in eval mode without a cache, every tensor on the meta device. `config` is not changed.
+
+    Args:
+        options: passed on to `from_config`, such as `attn_implementation`.
 
     Raises:
         AnatomyError: not a decoder, or transformers cannot build it from this config.
@@ -60,18 +65,10 @@ def build_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Pr
     own = copy.deepcopy(config)
     try:
         with torch.device("meta"), _NoInitialisation():
-            model = AutoModelForCausalLM.from_config(own, dtype=dtype or torch.float32)
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        ZeroDivisionError,
-    ) as error:
+            model = AutoModelForCausalLM.from_config(own, dtype=dtype, **options)
+    except Exception as error:  # a model class may raise anything on a config it was not written for
         raise AnatomyError(
-            f"transformers cannot build {config.model_type!r} from this config ({error})",
+            f"transformers cannot build {config.model_type!r} from this config ({one_line(error)})",
             "a config that its model class accepts",
         ) from error
     model.config.use_cache = False
@@ -90,6 +87,12 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         if any(owner._buffers[name] is not None for name in names):
             _compute_buffers(parent, owner, names)
     return model
+
+
+def one_line(error: Exception, limit: int = 160) -> str:
+    """The message of somebody else's exception, fit for an error of ours."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _owners(model: PreTrainedModel) -> list[tuple[PreTrainedModel, nn.Module]]:
