@@ -1,8 +1,8 @@
 """An anatomy for a decoder without a family file: looked up in the model, verified by running it, or refused.
 
-Single weights can be pruned knowing nothing but where the matrices are and which of them read the same tensor.
-Both can be seen: the matrices are the `nn.Linear` and `Conv1D` modules of the repeated block, and a forward on
-the meta device shows the inputs. Whatever could make this reading wrong is refused with one line that says why.
+Single weights can be pruned knowing nothing but where the matrices are and which of them read the same
+tensor. Both can be seen: the matrices are the `nn.Linear` and `Conv1D` modules of the repeated block, and a
+forward on the meta device shows the inputs. Whatever could make this reading wrong is refused, saying why.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.anatomy.model import Anatomy, Axis, Block, Matrix, Segment, Shape, Site
 from secateur.anatomy.outline import Outline, outline
+from secateur.anatomy.refusal import no_family
+from secateur.anatomy.template import Template
 from secateur.anatomy.trace import Trace, trace
 from secateur.core.errors import AnatomyError
 
 __all__ = ["infer"]
 
-REMEDY = "write a family file for it: see the docs, 'add a model family'"
 LEAST_COVERAGE = 0.5
 """Share of a block's parameters that must lie in matrices, or most of the model is something else."""
 
@@ -59,10 +60,6 @@ def infer(config: PretrainedConfig, model: PreTrainedModel) -> Anatomy:
     )
 
 
-def _refusal(config: PretrainedConfig, seen: str, expected: str) -> AnatomyError:
-    return AnatomyError(f"no family file for {config.model_type!r}, and {seen}", expected, REMEDY)
-
-
 def _blocks_path(config: PretrainedConfig, model: PreTrainedModel) -> str:
     """The one outermost list of `num_hidden_layers` modules of one class."""
     count = getattr(config, "num_hidden_layers", None)
@@ -73,7 +70,7 @@ def _blocks_path(config: PretrainedConfig, model: PreTrainedModel) -> str:
             found += [path] if len(set(map(type, module))) == 1 else []
     if len(found) != 1:
         places = f"it has several: {', '.join(found)}" if found else "it has none"
-        raise _refusal(config, places, f"one list of {count} blocks of one class")
+        raise no_family(config, places, f"one list of {count} blocks of one class")
     return found[0]
 
 
@@ -101,24 +98,27 @@ def _check_causal(config: PretrainedConfig, seen: Outline) -> None:
 def _check_outer(config: PretrainedConfig, model: PreTrainedModel, seen: Outline, path: str) -> None:
     for name, module in model.named_modules():
         if _is_matrix(module) and name != seen.head and not name.startswith(path + "."):
-            raise _refusal(config, f"{name} is a matrix outside its blocks", "none but the head")
+            raise no_family(config, f"{name} is a matrix outside its blocks", "none but the head")
 
 
 def _blocks(config: PretrainedConfig, seen: Outline, ran: Trace, path: str) -> Iterator[Block]:
-    """Blocks that are alike share their tuple of matrices."""
-    made: dict[object, tuple[tuple[Matrix, ...], dict[str, Site], dict[str, tuple[Axis, ...]]]] = {}
+    made: dict[object, Template] = {}
     for index, (module, shapes) in enumerate(zip(seen.blocks, seen.shapes, strict=True)):
-        prefix = f"{path}.{index}"
-        sites = _sites(config, module, prefix, ran)
-        alike = (frozenset(shapes.items()), tuple(sites.items()))
+        sites = _sites(config, module, f"{path}.{index}", ran)
+        alike = (frozenset(shapes.items()), frozenset(sites.items()))
         if alike not in made:
             _check_parameters(config, module, shapes, sites)
-            matrices = tuple(_matrix(module, name, shapes, site) for name, site in sites.items())
-            places = {site: Site(site, site, "input") for site in dict.fromkeys(sites.values())}
-            axes = {name: tuple(map(_plain, shape)) for name, shape in shapes.items()}
-            made[alike] = matrices, places, axes
-        matrices, places, axes = made[alike]
-        yield Block(index, prefix, matrices, places, shapes, axes)
+            made[alike] = _template(module, shapes, sites)
+        yield made[alike].block(path, index)
+
+
+def _template(block: nn.Module, shapes: dict[str, Shape], sites: Mapping[str, str]) -> Template:
+    return Template(
+        matrices=tuple(_matrix(block, name, shapes, site) for name, site in sites.items()),
+        sites={site: Site(site, site, "input") for site in dict.fromkeys(sites.values())},
+        axes={name: tuple(map(_plain, shape)) for name, shape in shapes.items()},
+        shapes=shapes,
+    )
 
 
 def _sites(config: PretrainedConfig, block: nn.Module, prefix: str, ran: Trace) -> dict[str, str]:
@@ -130,7 +130,7 @@ def _sites(config: PretrainedConfig, block: nn.Module, prefix: str, ran: Trace) 
             continue
         inputs = ran.inputs.get(f"{prefix}.{name}", [])
         if len(inputs) != 1:
-            raise _refusal(config, f"{prefix}.{name} ran {len(inputs)} times in one forward", "once")
+            raise no_family(config, f"{prefix}.{name} ran {len(inputs)} times in one forward", "once")
         sites[name] = first.setdefault(inputs[0], name)
     return sites
 
@@ -146,11 +146,11 @@ def _check_parameters(
         total += size
         covered += size if path in matrices else 0
         if len(shape) > 2 and not isinstance(block.get_submodule(path), nn.modules.conv._ConvNd):
-            raise _refusal(
+            raise no_family(
                 config, f"{name} of shape {shape} may hold experts", "matrices in nn.Linear modules"
             )
     if covered < LEAST_COVERAGE * total:
-        raise _refusal(
+        raise no_family(
             config,
             f"only {covered:,} of {total:,} parameters of a block are in nn.Linear modules",
             "most of them",

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.anatomy.model import Shape
+from secateur.anatomy.refusal import REMEDY
 from secateur.core.errors import AnatomyError
 
 __all__ = ["Outline", "outline"]
@@ -64,7 +65,7 @@ def _blocks(model: PreTrainedModel, path: str) -> list[nn.Module]:
         raise AnatomyError(
             f"{type(model).__name__} has no list of blocks at {path!r}",
             f"{expected} blocks",
-            "this version of transformers is not known; see the docs, 'add a model family'",
+            f"this version of transformers is not known; {REMEDY}",
         )
     return list(found)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,7 +13,9 @@ from secateur.anatomy.family import Family, MatrixEntry, load_family
 from secateur.anatomy.infer import infer
 from secateur.anatomy.model import Anatomy, Axis, Block, Matrix, Shape, Site
 from secateur.anatomy.outline import Outline, outline
+from secateur.anatomy.refusal import REMEDY
 from secateur.anatomy.skeleton import build_meta, build_skeleton, check_decoder
+from secateur.anatomy.template import Template
 from secateur.core.errors import AnatomyError
 
 __all__ = ["build_skeleton", "resolve"]
@@ -38,21 +39,12 @@ def resolve(config: PretrainedConfig, skeleton: PreTrainedModel | None = None) -
     return _Resolver(family, config, outline(model, family.blocks)).anatomy(family.norm)
 
 
-@dataclass(frozen=True)
-class _Template:
-    """What blocks with the same parameters have in common."""
-
-    matrices: tuple[Matrix, ...]
-    sites: dict[str, Site]
-    axes: dict[str, tuple[Axis, ...]]
-
-
 class _Resolver:
     def __init__(self, family: Family, config: PretrainedConfig, model: Outline) -> None:
         self.family, self.config, self.model = family, config, model
         self.spaces = _sizes(config, family.spaces)
         self.sizes = _sizes(config, family.sizes)
-        self.templates: dict[frozenset[tuple[str, Shape]], _Template] = {}
+        self.templates: dict[frozenset[tuple[str, Shape]], Template] = {}
 
     def anatomy(self, norm: str) -> Anatomy:
         model = self.model
@@ -78,29 +70,32 @@ class _Resolver:
         template = self.templates.get(signature)
         if template is None:
             template = self.templates[signature] = self._template(self.model.blocks[index], shapes)
-        prefix = f"{self.family.blocks}.{index}"
-        return Block(index, prefix, template.matrices, template.sites, shapes, template.axes)
+        return template.block(self.family.blocks, index)
 
-    def _template(self, block: nn.Module, shapes: Mapping[str, Shape]) -> _Template:
-        axes: dict[str, tuple[Axis, ...]] = {}
-        matrices: list[Matrix] = []
+    def _template(self, block: nn.Module, shapes: dict[str, Shape]) -> Template:
+        declared = self.family.matrices.items()
+        entries = {path: entry for path, entry in declared if _parameter(path, entry) in shapes}
+        axes = self._axes(entries, shapes)
+        self._verify(shapes, axes)
         sites: dict[str, Site] = {}
-        for path, entry in self.family.matrices.items():
-            parameter = path if entry.experts else f"{path}.weight"
-            if parameter not in shapes:
-                continue
-            made = self._matrices(path, parameter, entry)
+        for path, entry in entries.items():
             _check_layout(block, path, entry)
-            matrices += made
-            axes[parameter] = self._matrix_axes(entry)
-            axes[f"{path}.bias"] = (made[0].rows,)
-            sites.setdefault(made[0].input, _site(path, entry))
+            sites.setdefault(entry.input or path, _site(path, entry))
+        matrices = (matrix for path, entry in entries.items() for matrix in self._matrices(path, entry))
+        return Template(tuple(matrices), sites, axes, shapes)
+
+    def _axes(
+        self, entries: Mapping[str, MatrixEntry], shapes: Mapping[str, Shape]
+    ) -> dict[str, tuple[Axis, ...]]:
+        """What the family file says about the parameters that are there, in the order of the model."""
+        axes: dict[str, tuple[Axis, ...]] = {}
+        for path, entry in entries.items():
+            axes[_parameter(path, entry)] = self._matrix_axes(entry)
+            axes[f"{path}.bias"] = (self._axis(entry.rows),)
         for name, expressions in self.family.vectors.items():
             if name in shapes:
                 axes[name] = tuple(map(self._axis, _listed(expressions)))
-        axes = {name: axes[name] for name in shapes if name in axes}
-        self._verify(shapes, axes)
-        return _Template(tuple(matrices), sites, axes)
+        return {name: axes[name] for name in shapes if name in axes}
 
     def _axis(self, expression: str) -> Axis:
         try:
@@ -112,15 +107,15 @@ class _Resolver:
                 "check the config for missing keys",
             ) from error
 
-    def _matrices(self, path: str, parameter: str, entry: MatrixEntry) -> list[Matrix]:
+    def _matrices(self, path: str, entry: MatrixEntry) -> list[Matrix]:
+        parameter = _parameter(path, entry)
         rows, columns = self._axis(entry.rows), self._axis(entry.columns)
         transposed, site = entry.transposed, entry.input or path
         if entry.experts is None:
             return [Matrix(path, parameter, None, transposed, rows, columns, site)]
-        experts = self._axis(entry.experts).size
         return [
             Matrix(f"{path}.{expert}", parameter, expert, transposed, rows, columns, site)
-            for expert in range(experts)
+            for expert in range(self._axis(entry.experts).size)
         ]
 
     def _matrix_axes(self, entry: MatrixEntry) -> tuple[Axis, ...]:
@@ -137,7 +132,7 @@ class _Resolver:
             raise AnatomyError(
                 f"a block of {kind!r} has {', '.join(unknown)}",
                 "only parameters that its family file declares",
-                "this version of transformers is not known; see the docs, 'add a model family'",
+                f"this version of transformers is not known; {REMEDY}",
             )
         for name, declared in axes.items():
             expected = tuple(axis.size for axis in declared)
@@ -145,8 +140,12 @@ class _Resolver:
                 raise AnatomyError(
                     f"{name} of {kind!r} has shape {shapes[name]}",
                     f"{expected} from its family file",
-                    "see the docs, 'add a model family'",
+                    REMEDY,
                 )
+
+
+def _parameter(path: str, entry: MatrixEntry) -> str:
+    return path if entry.experts else f"{path}.weight"
 
 
 def _site(path: str, entry: MatrixEntry) -> Site:
@@ -165,7 +164,7 @@ def _check_layout(block: nn.Module, path: str, entry: MatrixEntry) -> None:
         raise AnatomyError(
             f"{path} is stored as {'(in, out)' if transposed else '(out, in)'}",
             f"{entry.layout} from its family file",
-            "see the docs, 'add a model family'",
+            REMEDY,
         )
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from secateur.anatomy.refusal import REMEDY, one_line
 from secateur.core.errors import AnatomyError
 
-__all__ = ["build_meta", "build_skeleton", "check_decoder", "load_tensors", "one_line", "unload_tensors"]
-
-REMEDY = "see the docs, 'add a model family', for what is supported"
+__all__ = ["build_meta", "build_skeleton", "check_decoder", "load_tensors", "unload_tensors"]
 
 
 def check_decoder(config: PretrainedConfig) -> None:
@@ -87,12 +86,6 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         if any(owner._buffers[name] is not None for name in names):
             _compute_buffers(parent, owner, names)
     return model
-
-
-def one_line(error: Exception, limit: int = 160) -> str:
-    """The message of somebody else's exception, fit for an error of ours."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _owners(model: PreTrainedModel) -> list[tuple[PreTrainedModel, nn.Module]]:

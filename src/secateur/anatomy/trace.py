@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from secateur.anatomy.skeleton import build_meta, one_line
-from secateur.core.errors import AnatomyError
+from secateur.anatomy.refusal import no_family, one_line
+from secateur.anatomy.skeleton import build_meta
 
 __all__ = ["Trace", "trace"]
 
@@ -51,10 +51,8 @@ def trace(config: PretrainedConfig, blocks_path: str) -> Trace:
         with torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # a forward may raise anything
-        raise AnatomyError(
-            f"no family file for {config.model_type!r}, and it does not run without weights ({one_line(error)})",
-            "a forward that needs no values",
-            "write a family file for it: see the docs, 'add a model family'",
+        raise no_family(
+            config, f"it does not run without weights ({one_line(error)})", "a forward that needs no values"
         ) from error
     return ran
 
