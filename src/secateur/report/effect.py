@@ -1,0 +1,82 @@
+"""What a user may expect of a pruned model, said plainly before and after the run."""
+
+from __future__ import annotations
+
+from secateur.core.pattern import Pattern
+from secateur.report.numbers import percent, size
+
+__all__ = ["ADVICE", "effect"]
+
+ADVICE = "Measure with `secateur bench`; the reasons are in docs/troubleshooting.md#why-is-it-not-faster."
+
+
+def effect(
+    pattern: str | Pattern,
+    sparsity: float,
+    *,
+    removes: str = "single weights",
+    storage: str = "dense",
+    bytes_before: int | None = None,
+    bytes_after: int | None = None,
+) -> str:
+    """A few sentences on size and speed.
+
+    Args:
+        pattern: `unstructured`, `row`, `matrix`, `global` or `N:M`; not looked at for structured removal.
+        sparsity: fraction removed of the prunable parameters.
+        removes: the unit that goes, as the method declares it; all but `single weights` shrink matrices.
+        storage: `dense` when zeros are stored like other numbers, else the name of the format.
+        bytes_before, bytes_after: size of the weight files, measured or planned.
+
+    Raises `RecipeError` for a pattern that does not exist.
+    """
+    if sparsity == 0:
+        return "Nothing was removed: size and speed are those of the dense model."
+    sizes = _sizes(bytes_before, bytes_after)
+    if removes != "single weights":
+        sentences = _structured(removes, sparsity, sizes)
+    elif storage != "dense":
+        sentences = [
+            f"Zeros stored as {storage}{sizes}: the file leaves them out.",
+            f"It is faster only in a runtime that computes on {storage} directly.",
+        ]
+    else:
+        sentences = _zeros(Pattern.parse(str(pattern)), sizes)
+    return " ".join([*sentences, ADVICE])
+
+
+def _sizes(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return ""
+    if size(before) == size(after):
+        return f" ({size(before)} before and after)"
+    return f" ({size(before)} before, {size(after)} after)"
+
+
+def _structured(removes: str, sparsity: float, sizes: str) -> list[str]:
+    return [
+        f"Whole units ({removes}) are gone, {percent(sparsity)} of the prunable parameters: "
+        f"the matrices themselves are smaller, and so is the file{sizes}.",
+        "Any runtime that loads the model does less arithmetic; how much faster depends on the machine.",
+    ]
+
+
+def _zeros(pattern: Pattern, sizes: str) -> list[str]:
+    if pattern.kind != "n:m":
+        return [
+            f"Unstructured zeros in a dense file: not smaller{sizes} and not faster.",
+            "Ordinary runtimes store and multiply a zero like any other number.",
+        ]
+    first = f"{pattern} zeros in a dense file: not smaller{sizes} and not faster as it is loaded by default."
+    if _fits_two_of_four(pattern):
+        return [
+            first,
+            "A GPU with sparse tensor cores (NVIDIA Ampere or later) can be faster once the weights are "
+            "converted to its 2:4 layout; other hardware gains nothing.",
+        ]
+    return [first, f"Sparse tensor cores read 2:4; no common hardware computes on {pattern}."]
+
+
+def _fits_two_of_four(pattern: Pattern) -> bool:
+    """Whether every four aligned inputs hold at most two that are kept."""
+    return (pattern.of % 4 == 0 and pattern.keep <= 2) or (pattern.keep, pattern.of) == (1, 2)

@@ -1,0 +1,232 @@
+"""report.json as typed data: what a run did, what it measured, and why something was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path, PurePath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.core.errors import InputError
+from secateur.report.files import write_text
+
+__all__ = [
+    "FILE_NAME",
+    "MEASUREMENTS",
+    "SCHEMA_VERSION",
+    "Block",
+    "Calibration",
+    "Layer",
+    "Machine",
+    "Protocol",
+]
+__all__ += ["Report"]
+
+FILE_NAME = "report.json"
+SCHEMA_VERSION = 1
+MEASUREMENTS = (
+    "nonzero_parameters_before",
+    "nonzero_parameters_after",
+    "perplexity_before",
+    "perplexity_after",
+    "kl_divergence",
+    "top1_agreement",
+    "prefill_tokens_per_second_before",
+    "prefill_tokens_per_second_after",
+    "decode_tokens_per_second_before",
+    "decode_tokens_per_second_after",
+    "peak_memory_bytes",
+    "seconds",
+)
+"""Keys that may be null; a null one has its reason in `not_measured`."""
+
+
+def _readable(value: Any) -> Any:
+    """Bytes of a path that are not UTF-8 arrive as lone surrogates, which no JSON file can hold."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_readable)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    """Unknown keys are kept: a report of a later release survives being read and written."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="strings")
+
+
+class Protocol(_Part):
+    """What a perplexity or divergence was measured on; two that differ cannot share an axis.
+
+    `window` and `stride` are tokens, `windows` how many of them were read.
+    """
+
+    text: Text | None = None
+    text_sha256: str
+    split: str | None = None
+    window: int
+    stride: int
+    windows: int | None = None
+    dtype: str
+    tokenizer_sha256: str
+
+
+class Calibration(_Part):
+    """The text observed: `windows` sequences of `length` tokens."""
+
+    source: Text
+    windows: int
+    length: int
+    sha256: str
+
+
+class Machine(_Part):
+    """Where the run took place."""
+
+    cpu: str | None = None
+    cores: int | None = None
+    memory_bytes: int | None = None
+    gpu: str | None = None
+    threads: int | None = None
+
+
+class Layer(_Part):
+    """One matrix (or unit group). `loss`: see `Report.loss_definition`; `notes`: the method's own numbers."""
+
+    block: int
+    matrix: Text
+    rows: Count
+    columns: Count
+    sparsity_requested: Fraction
+    sparsity: Fraction
+    loss: float | None = None
+    seconds: float | None = None
+    notes: dict[str, float] = Field(default_factory=dict)
+    fallbacks: list[str] = Field(default_factory=list)
+
+
+class Block(_Part):
+    """One decoder block: `loss` is the relative squared error of its output against the dense block."""
+
+    block: int
+    loss: float | None = None
+    seconds: float | None = None
+
+
+class Report(_Part):
+    """A run: what was asked, what came out, what it cost. Field names are the keys of report.json.
+
+    `sparsity` is the fraction removed of the prunable parameters; `kl_divergence` is in nats a token, from
+    dense to pruned; `top1_agreement` a fraction of tokens. `family` is the architecture of the model.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    model: Text
+    family: str
+    method: str
+    pattern: str
+    allocation: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    sparsity_requested: Fraction
+    sparsity: Fraction
+    parameters_before: Count
+    parameters_after: Count
+    nonzero_parameters_before: Count | None = None
+    nonzero_parameters_after: Count | None = None
+    bytes_before: Count
+    bytes_after: Count
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: Fraction | None = None
+    prefill_tokens_per_second_before: float | None = None
+    prefill_tokens_per_second_after: float | None = None
+    decode_tokens_per_second_before: float | None = None
+    decode_tokens_per_second_after: float | None = None
+    peak_memory_bytes: Count | None = None
+    seconds: float | None = None
+    protocol: Protocol | None = None
+    calibration: Calibration | None = None
+    seed: int
+    versions: dict[str, str]
+    machine: Machine = Field(default_factory=Machine)
+    date: datetime
+    command: Text
+    fingerprint: str
+    effect: str
+    loss_definition: str = (
+        "relative squared error of the output on the calibration text "
+        "(of a matrix: from the second moment of its input where the method collects no Hessian)"
+    )
+    layers: list[Layer] = Field(default_factory=list)
+    blocks: list[Block] = Field(default_factory=list)
+    warnings: list[Text] = Field(default_factory=list)
+    not_measured: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _nulls_have_reasons(self) -> Report:
+        for key in MEASUREMENTS:
+            absent, reason = getattr(self, key) is None, self.not_measured.get(key)
+            if absent and not reason:
+                raise ValueError(f"{key} is null and not_measured gives no reason")
+            if reason and not absent:
+                raise ValueError(f"{key} has a value and a reason for having none")
+        if self.protocol is None and (self.perplexity_after is not None or self.kl_divergence is not None):
+            raise ValueError("quality was measured but its protocol is not given")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The model as people call it: a hub id in full, of a path the last folder."""
+        path = PurePath(self.model.replace("\\", "/"))
+        local = path.is_absolute() or len(path.parts) != 2 or path.parts[0] in ("..", "~") or path.drive
+        return path.name or self.model if local else str(path)
+
+    def fallbacks(self) -> Iterator[tuple[str, list[Layer]]]:
+        """Each thing that was done differently than asked, with the matrices it was done to."""
+        phrases = dict.fromkeys(phrase for layer in self.layers for phrase in layer.fallbacks)
+        for phrase in phrases:
+            yield phrase, [layer for layer in self.layers if phrase in layer.fallbacks]
+
+    def measured(self, **values: Any) -> Report:
+        """A copy with these fields set, their reasons for being null dropped, and everything validated."""
+        now = {key for key, value in values.items() if value is not None}
+        reasons = {key: why for key, why in self.not_measured.items() if key not in now}
+        return Report.model_validate({**dict(self), "not_measured": reasons, **values})
+
+    def save(self, path: Path) -> None:
+        """Write `path`, or `path`/report.json for a folder, atomically. Raises `OutputError`."""
+        write_text(path / FILE_NAME if path.is_dir() else path, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a report.json, or the one in a folder. Raises `InputError` when none is valid."""
+        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        try:
+            report = cls.model_validate_json(file.read_bytes())
+        except OSError as error:
+            raise InputError(
+                f"cannot read {file} ({error.strerror or error})",
+                f"a folder written by secateur, with a {FILE_NAME} inside",
+                "run `secateur prune MODEL -o FOLDER` first, or correct the path",
+            ) from error
+        except ValidationError as error:
+            raise _invalid(file, error) from error
+        if report.schema_version > SCHEMA_VERSION:
+            seen = f"{file} has schema_version {report.schema_version}"
+            raise InputError(seen, f"at most {SCHEMA_VERSION}", "upgrade: pip install -U secateur")
+        return report
+
+
+def _invalid(file: Path, error: ValidationError) -> InputError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    return InputError(
+        f"{file} is no valid report ({where}: {first['msg'].lower()})",
+        "the keys that docs/report.md lists",
+        "write it again with `secateur prune` or `secateur evaluate`",
+    )
