@@ -1,0 +1,94 @@
+"""How a run was made: everything needed to repeat it or to doubt it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from secateur.report.markup import Markup, Node, element
+from secateur.report.model import Report
+from secateur.report.numbers import duration, percent, size
+from secateur.report.page import data, facts, section
+
+__all__ = ["details"]
+
+Pairs = list[tuple[str, Node]]
+
+
+def details(report: Report) -> Markup:
+    """Run, calibration, protocol, machine and versions as lists of facts."""
+    groups: list[tuple[str, Pairs]] = [
+        ("Run", _run(report)),
+        ("Protocol of the evaluation", _protocol(report)),
+        ("Calibration", _calibration(report)),
+        ("Machine", _machine(report)),
+        ("Versions", list(report.versions.items())),
+    ]
+    cards = [element("div", element("h3", title), facts(pairs)) for title, pairs in groups]
+    return section("How it was made", element("div", cards, class_="cards"))
+
+
+def _run(report: Report) -> Pairs:
+    options = ", ".join(f"{name}={value}" for name, value in report.options.items())
+    return [
+        ("Model", report.model),
+        ("Family", report.family),
+        ("Method", report.method),
+        ("Pattern", report.pattern),
+        ("Allocation", report.allocation),
+        ("Options", options or "the method's own"),
+        ("Sparsity asked for", data(percent(report.sparsity_requested), report.sparsity_requested)),
+        ("Sparsity reached", data(percent(report.sparsity), report.sparsity)),
+        ("Seed", data(str(report.seed), report.seed)),
+        ("Time", _known(report, "seconds", duration)),
+        ("Peak memory", _known(report, "peak_memory_bytes", size)),
+        ("Date", report.date.isoformat(sep=" ", timespec="seconds")),
+        ("Fingerprint", element("code", report.fingerprint)),
+    ]
+
+
+def _known(report: Report, key: str, show: Callable[[float], str]) -> Node:
+    value = getattr(report, key)
+    return f"not measured: {report.not_measured[key]}" if value is None else data(show(value), value)
+
+
+def _protocol(report: Report) -> Pairs:
+    protocol = report.protocol
+    if protocol is None:
+        return [("Text", "none: quality was not measured")]
+    return [
+        ("Text", protocol.text or "not named"),
+        ("Text SHA-256", element("code", protocol.text_sha256)),
+        ("Split", protocol.split or "whole file"),
+        ("Window", data(f"{protocol.window:,} tokens", protocol.window)),
+        ("Stride", data(f"{protocol.stride:,} tokens", protocol.stride)),
+        ("Windows", "all" if protocol.windows is None else data(f"{protocol.windows:,}", protocol.windows)),
+        ("Precision", protocol.dtype),
+        ("Tokenizer SHA-256", element("code", protocol.tokenizer_sha256)),
+    ]
+
+
+def _calibration(report: Report) -> Pairs:
+    calibration = report.calibration
+    if calibration is None:
+        return [("Text", "none: this method looks at weights only")]
+    tokens = calibration.windows * calibration.length
+    return [
+        ("Text", calibration.source),
+        ("Windows", data(f"{calibration.windows:,}", calibration.windows)),
+        ("Length", data(f"{calibration.length:,} tokens", calibration.length)),
+        ("In all", data(f"{tokens:,} tokens", tokens)),
+        ("SHA-256", element("code", calibration.sha256)),
+    ]
+
+
+def _machine(report: Report) -> Pairs:
+    machine = report.machine
+    memory = machine.memory_bytes
+    threads = machine.threads
+    return [
+        ("Processor", machine.cpu or "unknown"),
+        ("Cores", "unknown" if machine.cores is None else data(str(machine.cores), machine.cores)),
+        ("Memory", "unknown" if memory is None else data(size(memory), memory)),
+        ("Threads", "unknown" if threads is None else data(str(threads), threads)),
+        ("GPU", machine.gpu or "none"),
+    ]
