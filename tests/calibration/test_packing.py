@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from calibration.shared import STORIES, STORIES_TEXT, needs_shared
 from secateur.calibration.packing import document_tokens, text_tokens
-from tiny_models import tiny_tokenizer
 
 TEXT = "The cat sat  on the mat.\n\nA naïve café — she'll buy 12,345 cats!\t\tthe end.\r\n the theatre\n" * 30
 

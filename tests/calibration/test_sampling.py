@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import VOCAB, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from calibration.shared import STORIES, needs_shared
 from secateur.calibration.sampling import Vocabulary, sample_windows
-from tiny_models import VOCAB, tiny_model, tiny_tokenizer
 
 FREE = Vocabulary(VOCAB, 0, ())
 

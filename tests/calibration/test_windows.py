@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_models import VOCAB, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from calibration.shared import STORIES, STORIES_TEXT, needs_shared
 from secateur.calibration.windows import Windows, load_windows
 from secateur.core.errors import CalibrationError, MissingExtraError
-from tiny_models import VOCAB, tiny_config, tiny_model, tiny_tokenizer
 
 STORY = "The tree was small, and the fruit was sweet. Nobody knew how many leaves it had lost.\n" * 40
 DOCUMENTS = ["The tree was small.", "The fruit was sweet.", "Nobody knew how many leaves it had lost."] * 20

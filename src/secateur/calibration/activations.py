@@ -1,0 +1,121 @@
+"""Hidden states of all windows between two blocks, and the running of blocks on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration.forward import Call, Forward
+from secateur.calibration.windows import Windows
+
+__all__ = ["Activations", "Batch", "computing"]
+
+DEVICE_BYTES = 4 << 30
+DEVICE_FRACTION = 0.25
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Attributes:
+    windows: its token ids.
+    rows: indices of the real ones among its B * T tokens, on the device; `None` when all are.
+    calls: what the model passes to each block for it.
+    where: its rows in the buffer.
+    """
+
+    windows: Windows
+    rows: Tensor | None
+    calls: tuple[Call, ...]
+    where: slice
+
+    @property
+    def tokens(self) -> int:
+        """B * T, padding included."""
+        return self.windows.ids.numel()
+
+    def real(self, hidden: Tensor) -> Tensor:
+        """The real tokens of (B, T, d), as (tokens, d)."""
+        flat = hidden.flatten(0, 1)
+        return flat if self.rows is None else flat[self.rows]
+
+
+class Activations:
+    """One buffer (n, T, d) that every block reads and overwrites, batch by batch.
+
+    On a GPU it stays in host memory when it is large; page-locked, so copies run beside the computation, in
+    the order of the stream.
+
+    Attributes:
+        position: the block whose inputs are held; the number of blocks after the last.
+    """
+
+    def __init__(self, forward: Forward, device: torch.device, windows: Windows) -> None:
+        self.device, self.position = device, 0
+        self.batches: list[Batch] = []
+        self._forward = forward
+        self._shape = (len(windows), windows.length)
+        self._buffer: Tensor | None = None
+
+    def add(self, windows: Windows) -> None:
+        """Run everything before block 0 on the next batch."""
+        with computing(self.device):
+            captured = self._forward.capture(windows)
+        if self._buffer is None:
+            self._buffer = _allocate(self._shape, captured.hidden)
+        calls = captured.calls
+        for known in self.batches[-1:] + self.batches[:1]:
+            if len(known.windows) == len(windows) and captured.same_calls(known.calls):
+                calls = known.calls  # masks and rotary tables are the same objects for most batches
+        start = self.batches[-1].where.stop if self.batches else 0
+        rows = None
+        if windows.mask is not None and not bool(windows.mask.all()):
+            rows = windows.mask.flatten().nonzero().squeeze(1).to(self.device)
+        batch = Batch(windows, rows, calls, slice(start, start + len(windows)))
+        self.batches.append(batch)
+        self.replace(batch, captured.hidden)
+
+    def input(self, batch: Batch) -> Tensor:
+        """(B, T, d) on the device."""
+        return self._held[batch.where].to(self.device, non_blocking=True)
+
+    def run(self, batch: Batch, index: int, module: nn.Module) -> Tensor:
+        """Output of block `index`, (B, T, d)."""
+        with computing(self.device):
+            return self._forward.run(batch.calls[index], module, self.input(batch))
+
+    def replace(self, batch: Batch, hidden: Tensor) -> None:
+        """Let the output of a block be the input of the next."""
+        self._held[batch.where].copy_(hidden, non_blocking=True)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, vocabulary) from what is held, by the model's own norm and head."""
+        with computing(self.device):
+            return self._forward.logits(batch.windows, self.input(batch))
+
+    @property
+    def _held(self) -> Tensor:
+        if self._buffer is None:
+            raise RuntimeError("no batch was added")
+        return self._buffer
+
+
+@contextmanager
+def computing(device: torch.device) -> Iterator[None]:
+    """No gradients and no autocast inside."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _allocate(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """An (n, T, d) buffer on the device of `like` if it takes a small part of it, else in host memory."""
+    full, device = (*shape, like.shape[-1]), like.device
+    if device.type != "cuda":
+        return torch.empty(full, dtype=like.dtype)
+    needed = shape[0] * shape[1] * like.shape[-1] * like.dtype.itemsize
+    if needed <= min(DEVICE_BYTES, DEVICE_FRACTION * torch.cuda.mem_get_info(device)[0]):
+        return torch.empty(full, dtype=like.dtype, device=device)
+    return torch.empty(full, dtype=like.dtype, pin_memory=True)

@@ -1,0 +1,71 @@
+"""Several processes, each with a part of the calibration windows, that end with the same sums."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Group"]
+
+T = TypeVar("T")
+
+
+class Group:
+    """The processes that `torchrun` started.
+
+    Attributes:
+        rank: number of this process.
+        world: how many there are.
+
+    >>> Group.from_environment(torch.device("cpu")) is None
+    True
+    """
+
+    def __init__(self, rank: int, world: int, device: torch.device) -> None:
+        self.rank, self.world, self.device = rank, world, device
+
+    @classmethod
+    def from_environment(cls, device: torch.device) -> Group | None:
+        """Join the processes of `torchrun` (gloo on the CPU, NCCL on GPUs); `None` when there are no others.
+
+        On GPUs `device` must be the one of this process, see `local_device`.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+            return None
+        if not dist.is_initialized():
+            on_gpu = device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over all processes, bit for bit the same in each."""
+        moved = tensor.to(self.device)
+        dist.all_reduce(moved)
+        if moved is not tensor:
+            tensor.copy_(moved)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        dist.barrier()
+
+    def broadcast(self, value: T) -> T:
+        """The value of process 0 in every process, sent as JSON: nothing is pickled."""
+        text = json.dumps(value).encode() if self.rank == 0 else b""
+        size = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(size, 0)
+        data = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(data, 0)
+        received: Any = json.loads(data.cpu().numpy().tobytes())
+        return received  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,184 @@
+"""Calibration block by block: inputs of a block in, statistics out, outputs of the changed block on.
+
+One-shot-baselines, section 2.0: the statistics of a block come from inputs that passed through the pruned
+blocks before it, while inside the block every matrix still sees the dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from secateur.anatomy.model import Block
+from secateur.calibration.activations import Activations, Batch
+from secateur.calibration.distributed import Group
+from secateur.calibration.forward import Forward
+from secateur.calibration.probes import Probes, SeenError
+from secateur.calibration.source import BlockSource
+from secateur.calibration.windows import Windows
+from secateur.core.progress import SILENT, Progress, track
+from secateur.core.statistics import InputStatistics, Statistic
+
+__all__ = ["Driver", "OpenBlock"]
+
+
+class Driver:
+    """Streams the blocks of a model past the calibration windows.
+
+    Args:
+        source: of the blocks.
+        windows: of this process; with a `group`, its shard.
+        batch_size: windows that pass a block at once; results do not depend on it beyond rounding.
+        group: processes whose statistics are added up.
+
+    Raises:
+        CalibrationError: windows that the model cannot take.
+
+    >>> driver = Driver(source, windows)  # doctest: +SKIP
+    >>> for block in driver.blocks():  # doctest: +SKIP
+    ...     statistics = block.observe({"second_moment"})
+    ...     ...  # change block.parameters in place
+    ...     loss = block.finish()
+    """
+
+    def __init__(
+        self,
+        source: BlockSource,
+        windows: Windows,
+        *,
+        batch_size: int = 8,
+        group: Group | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        windows.require_fits(source.config)
+        self.source, self.windows, self.group, self.progress = source, windows, group, progress
+        self.batches = list(windows.batches(batch_size))
+        self._held: Activations | None = None
+
+    def blocks(self, *, forward: bool = True) -> Iterator[OpenBlock]:
+        """The blocks in order, each to be finished before the next is asked for.
+
+        Args:
+            forward: False for a pass that needs no activations: nothing can be observed, finishing is free.
+
+        Raises:
+            AnatomyError: a model whose blocks cannot be run one by one.
+        """
+        self._held = None  # frees the activations of an earlier pass before those of this one are made
+        self._held = self._embed() if forward else None
+        for block in self.source.anatomy.blocks:
+            module = self.source.open(block.index)
+            opened = OpenBlock(block, module, self._held, self.group)
+            try:
+                yield opened
+            finally:
+                self.source.store(block.index, module)
+            if not opened.finished:
+                raise RuntimeError(f"block {block.index} was not finished")
+
+    def logits(self, batch: int) -> Tensor:
+        """(B, T, vocabulary) of `batches[batch]`, after the last block was finished.
+
+        Made by the model's own norm and head and whatever it does to their output (scaling, soft-capping),
+        on the device, in the dtype of the model.
+        """
+        held = self._held
+        if held is None or held.position != len(self.source.anatomy.blocks):
+            raise RuntimeError("logits are there after the last block of a forward pass was finished")
+        return held.logits(held.batches[batch])
+
+    def _embed(self) -> Activations:
+        """Run everything before block 0."""
+        model = self.source.model
+        blocks = model.get_submodule(self.source.anatomy.blocks_path)
+        device = self.source.device
+        held = Activations(Forward(model, list(blocks.children()), device), device, self.windows)
+        for batch in track(self.progress, "embedding", self.batches, len(self.batches)):
+            held.add(batch)
+        return held
+
+
+class OpenBlock:
+    """One block while its parameters are in memory.
+
+    Attributes:
+        index: position in the stack.
+        block: what it is made of.
+        module: the block itself.
+        parameters: in-memory tensors by their name inside the block; changes in place count.
+        finished: whether `finish` was called.
+    """
+
+    def __init__(
+        self, block: Block, module: nn.Module, held: Activations | None, group: Group | None
+    ) -> None:
+        self.index, self.block, self.module = block.index, block, module
+        self.parameters: dict[str, Tensor] = dict(module.state_dict())
+        self.finished = False
+        self._held, self._group = held, group
+        self._dense: Tensor | None = None
+
+    def observe(
+        self, needs: Collection[Statistic], *, record_output: bool = True
+    ) -> dict[str, list[InputStatistics]]:
+        """Run the block as it is on all windows.
+
+        Args:
+            needs: statistics wanted; `gradient` is none that a forward can give and is left out.
+            record_output: keep the output of the first batch, for the error that `finish` returns.
+
+        Returns:
+            By site name, one entry, or one for each expert over the tokens routed to it.
+        """
+        held = self._held
+        if held is None:
+            raise RuntimeError("a pass without activations observes nothing")
+        wanted = frozenset(needs) - {"gradient"}
+        first = held.batches[0]
+        if not wanted:
+            self._dense = held.run(first, self.index, self.module) if record_output else None
+            return {}
+        with Probes(self.block, self.module, wanted, held.device) as probes:
+            for batch in held.batches:
+                recording = record_output and batch is first
+                probes.begin(batch, stop=not recording)
+                output = self._run_until_seen(held, batch)
+                self._dense = output if recording else self._dense
+        return probes.take(sum(len(batch.windows) for batch in held.batches), self._group)
+
+    def finish(self) -> float | None:
+        """Run the block, changed or not, on all windows; its outputs become the inputs of the next.
+
+        Returns:
+            Squared error of the output relative to that of the dense block, over the real tokens of the
+            first batch of every process; `None` unless `observe` recorded that output.
+        """
+        self.finished = True
+        held = self._held
+        if held is None:
+            return None
+        dense, self._dense, error = self._dense, None, None
+        for batch in held.batches:
+            output = held.run(batch, self.index, self.module)
+            if dense is not None:
+                error, dense = self._error(batch.real(output), batch.real(dense)), None
+            held.replace(batch, output)
+        held.position = self.index + 1
+        return error
+
+    def _run_until_seen(self, held: Activations, batch: Batch) -> Tensor | None:
+        """The output of the block, or `None` where it was left as soon as every site was reached."""
+        try:
+            return held.run(batch, self.index, self.module)
+        except SeenError:
+            return None
+
+    def _error(self, output: Tensor, dense: Tensor) -> float:
+        dense = dense.float()
+        sums = torch.stack([(output.float() - dense).square().sum(), dense.square().sum()]).double()
+        if self._group is not None:
+            self._group.all_reduce(sums)
+        error, scale = sums.tolist()
+        return error / scale if scale else float(error > 0)
