@@ -17,6 +17,7 @@ import torch
 
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.writer import CheckpointWriter
+from secateur.core.errors import ResumeError
 
 from .samples import MakeCheckpoint, digests, in_child, was_killed
 
@@ -25,14 +26,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-FINISH = {
+FINISH: dict[str, Any] = {
     "config_updates": {"pruned": True},
     "extra": {"report.json": "{}", "b.bin": b"\0"},
     "shard_bytes": 300,
 }
 
 
-def run(out: Path, source: Path) -> None:
+def run(out: Path, source: Path, **finish: Any) -> None:
     """A small pruning run: each part depends on the one before as it is read from the disk."""
     if (out / "config.json").is_file() and not (out / ".secateur").exists():
         return
@@ -40,7 +41,7 @@ def run(out: Path, source: Path) -> None:
     writer = CheckpointWriter(out, checkpoint, {"model": checkpoint.fingerprint()}, resume=True)
     if not writer.merged:
         compute(writer, checkpoint)
-    writer.finish(**FINISH)  # type: ignore[arg-type]
+    writer.finish(**{**FINISH, **finish})
 
 
 def compute(writer: CheckpointWriter, checkpoint: Checkpoint) -> None:
@@ -87,12 +88,36 @@ def test_killed_before_each_change_to_the_disk(source: Path, expected: dict[str,
     out, before = quick_folder / "out", digests(source)
     number = 0
     while was_killed(in_child(partial(run_until_change, number, out, source))):
+        refuses_another_recipe(out, source)
         run(out, source)
         assert digests(out) == expected, f"killed before change {number}"
         shutil.rmtree(out)
         number += 1
     assert number > 60
     assert digests(source) == before
+
+
+def refuses_another_recipe(out: Path, source: Path) -> None:
+    """As long as anything of a run is there to be resumed."""
+    before = digests(out)
+    if any(name.startswith(".secateur/parts/") for name in before):
+        with pytest.raises(ResumeError, match=r'model: .* -> "another"'):
+            CheckpointWriter(out, Checkpoint.open(source), {"model": "another"}, resume=True)
+        assert digests(out) == before
+
+
+def test_another_way_to_finish_leaves_no_mixture(source: Path, expected: dict[str, str], quick_folder: Path):
+    """Killed inside `finish`, which then gets other arguments: the old result or the new one."""
+    one_file = {"shard_bytes": 10_000, "extra": {"report.json": "[]"}}
+    run(quick_folder / "one file", source, **one_file)
+    allowed, seen, out, number = [digests(quick_folder / "one file"), expected], [], quick_folder / "out", 30
+    while was_killed(in_child(partial(run_until_change, number, out, source))):
+        run(out, source, **one_file)
+        seen.append(digests(out))
+        assert seen[-1] in allowed, f"killed before change {number}"
+        shutil.rmtree(out)
+        number += 2
+    assert all(result in seen for result in allowed)
 
 
 def test_killed_again_and_again(source: Path, expected: dict[str, str], quick_folder: Path):

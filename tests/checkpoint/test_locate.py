@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
-from secateur.checkpoint.locate import locate
+from secateur.checkpoint.locate import HUB_FILES, HUB_LEFT_OUT, locate
 from secateur.core.errors import CheckpointError
 
 
@@ -77,3 +78,29 @@ def test_the_word_seedling_is_the_bundled_model(tmp_path: Path, monkeypatch: pyt
     else:
         with pytest.raises(CheckpointError, match="lacks the bundled model"):
             locate("seedling")
+
+
+def test_only_what_is_needed_is_downloaded():
+    wanted = [
+        "additional_chat_templates/rag.jinja",
+        "config.json",
+        "LICENSE",
+        "merges.txt",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+    ]
+    others = [
+        ".gitattributes",
+        "README.md",
+        "adapter_model.safetensors",
+        "consolidated.safetensors",
+        "metal/model.bin",
+        "onnx/config.json",
+        "original/model.safetensors",
+        "original/tokenizer.model",
+        "pytorch_model.bin",
+        "q4.gguf",
+    ]
+    found = filter_repo_objects(wanted + others, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT)
+    assert list(found) == wanted

@@ -53,6 +53,7 @@ def test_shards_hold_everything_once(make_checkpoint: MakeCheckpoint, tmp_path: 
     expected = small_tensors()
     found = result.read(expected)
     assert result.tensors.keys() == expected.keys()
+    assert result.shards == sorted(path.name for path in out.glob("*.safetensors"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     for shard in result.shards:
         held = [tensor for tensor in result.tensors.values() if tensor.file == shard]

@@ -158,7 +158,7 @@ class CheckpointWriter:
             sync_folder(self.out)
         except OSError as error:
             raise OutputError(
-                f"{self.out} cannot be written ({error.strerror})", "", "choose another"
+                f"{self.out} cannot be written ({error.strerror})", "", "choose another output folder"
             ) from error
         self._journal.save()
 
