@@ -15,9 +15,9 @@ __all__ = ["compare", "render"]
 
 _COLUMNS = (
     ("Removed", "sparsity", percent),
-    ("Weight files", "bytes_after", size),
+    ("Files", "bytes_after", size),
     ("Perplexity", "perplexity_after", number),
-    ("Dense perplexity", "perplexity_before", number),
+    ("Dense", "perplexity_before", number),
     ("KL", "kl_divergence", number),
     ("Top-1", "top1_agreement", percent),
     ("Prefill, tokens/s", "prefill_tokens_per_second_after", number),

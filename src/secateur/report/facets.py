@@ -26,12 +26,8 @@ class Measure:
     show: Callable[[float], str]
     tick: Callable[[float], str] = tick
 
-    def value(self, report: Report) -> float | None:
-        value: float | None = getattr(report, self.key)
-        return value
-
     def drawable(self, report: Report) -> float | None:
-        value = self.value(report)
+        value: float | None = getattr(report, self.key)
         return None if value is None or not math.isfinite(value) else value
 
     def dense(self, report: Report) -> float | None:
@@ -49,9 +45,8 @@ PREFILL, DECODE = (
     )
     for w in ("prefill", "decode")
 )
-
-
 DENSE = (7, 0)
+"""Colour and shape of the dense model."""
 
 
 class Looks:

@@ -21,8 +21,8 @@ __all__ = [
     "Layer",
     "Machine",
     "Protocol",
+    "Report",
 ]
-__all__ += ["Report"]
 
 FILE_NAME = "report.json"
 SCHEMA_VERSION = 1
@@ -227,6 +227,6 @@ def _invalid(file: Path, error: ValidationError) -> InputError:
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     return InputError(
         f"{file} is no valid report ({where}: {first['msg'].lower()})",
-        "the keys that docs/report.md lists",
+        "the keys and types of a report",
         "write it again with `secateur prune` or `secateur evaluate`",
     )

@@ -80,11 +80,12 @@ def differences(protocols: Sequence[Protocol]) -> str:
 
 
 def _series(reports: Sequence[Report]) -> list[str]:
-    several = len({report.model for report in reports}) > 1
+    models = {report.model for report in reports}
+    clash = len({report.name for report in reports}) < len(models)
     return [
         " ".join(
             [
-                *([report.name] if several else []),
+                *([report.model if clash else report.name] if len(models) > 1 else []),
                 report.method,
                 *([report.pattern] if report.pattern != "unstructured" else []),
                 *([report.allocation] if report.allocation != "uniform" else []),

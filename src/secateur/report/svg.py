@@ -219,7 +219,7 @@ class _Frame:
         for tick in self.x.ticks:
             across = round(LEFT + self.x.place(tick) * (right - LEFT), 1)
             parts.append(element("path", d=f"M{across:g} {bottom:g}v5", class_="axis"))
-            parts.append(element("text", self.x.show(tick), x=across, y=bottom + 20, class_="tick x"))
+            parts.append(element("text", self.x.show(tick), x=across, y=bottom + 22, class_="tick x"))
         parts.append(element("path", d=f"M{LEFT:g} {bottom:g}H{right:g}", class_="axis"))
         parts.append(element("text", self.x.label, x=right, y=bottom + 43, class_="name"))
         return element("g", parts, aria_hidden="true")

@@ -44,8 +44,8 @@ _TO_DENSE = (
 class Row:
     """One line of the before/after table.
 
-    `before` and `after` are None when they were not measured; `reason` then says why. `dense` stands in
-    the first column of a measure that has no before because it is taken against the dense model.
+    `before` and `after` are None when they were not measured; `reason` then says why. A measure taken
+    `against_dense` has the dense model itself in the first column.
     """
 
     key: str
