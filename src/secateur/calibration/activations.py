@@ -50,14 +50,19 @@ class Activations:
     the order of the stream.
 
     Attributes:
+        batches: in order.
         position: the block whose inputs are held; the number of blocks after the last.
+
+    Args:
+        forward: of the model.
+        device: where it computes.
+        count, length: n windows of T tokens, to be added batch by batch.
     """
 
-    def __init__(self, forward: Forward, device: torch.device, windows: Windows) -> None:
+    def __init__(self, forward: Forward, device: torch.device, count: int, length: int) -> None:
         self.device, self.position = device, 0
         self.batches: list[Batch] = []
-        self._forward = forward
-        self._shape = (len(windows), windows.length)
+        self._forward, self._shape = forward, (count, length)
         self._buffer: Tensor | None = None
 
     def add(self, windows: Windows) -> None:
@@ -90,6 +95,10 @@ class Activations:
     def replace(self, batch: Batch, hidden: Tensor) -> None:
         """Let the output of a block be the input of the next."""
         self._held[batch.where].copy_(hidden, non_blocking=True)
+
+    def copy(self) -> Tensor:
+        """What is held, (n, T, d); empty if nothing is."""
+        return torch.empty(0) if self._buffer is None else self._buffer.clone()
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, T, vocabulary) from what is held, by the model's own norm and head."""

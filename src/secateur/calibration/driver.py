@@ -93,8 +93,8 @@ class Driver:
         """Run everything before block 0."""
         model = self.source.model
         blocks = model.get_submodule(self.source.anatomy.blocks_path)
-        device = self.source.device
-        held = Activations(Forward(model, list(blocks.children()), device), device, self.windows)
+        forward = Forward(model, list(blocks.children()), self.source.device)
+        held = Activations(forward, self.source.device, len(self.windows), self.windows.length)
         for batch in track(self.progress, "embedding", self.batches, len(self.batches)):
             held.add(batch)
         return held
