@@ -10,9 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Group"]
+__all__ = ["Group", "local_device"]
 
 T = TypeVar("T")
+
+
+def local_device(device: torch.device) -> torch.device:
+    """`cuda` without a number becomes the GPU of this process among those that `torchrun` started here."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 class Group:
@@ -33,13 +40,15 @@ class Group:
     def from_environment(cls, device: torch.device) -> Group | None:
         """Join the processes of `torchrun` (gloo on the CPU, NCCL on GPUs); `None` when there are no others.
 
-        On GPUs `device` must be the one of this process, see `local_device`.
+        Args:
+            device: of this process; where every process has a GPU of its own, `local_device` says which.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
             return None
         if not dist.is_initialized():
             on_gpu = device.type == "cuda"
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+            own = device if device.index is not None else None
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=own if on_gpu else None)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def all_reduce(self, tensor: Tensor) -> None:
