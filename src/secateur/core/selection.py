@@ -6,7 +6,7 @@ lowest index goes first (one-shot-baselines, section 2.1). Every function here k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -106,20 +106,21 @@ def select_groups(scores: Tensor, pattern: Pattern) -> Tensor:
         pattern: N:M.
     """
     groups = scores.reshape(*scores.shape[:-1], -1, pattern.of)
+    dropped = pattern.of - pattern.keep
     if pattern.of > PAIRWISE_LIMIT:
-        return drop_smallest(groups, pattern.of - pattern.keep).flatten(-2)
-    return (_ranks(groups) >= pattern.of - pattern.keep).flatten(-2)
+        return drop_smallest(groups, dropped).flatten(-2)
+    return torch.stack([rank >= dropped for rank in _ranks(groups.unbind(-1))], -1).flatten(-2)
 
 
-def _ranks(groups: Tensor) -> Tensor:
-    """(..., M) uint8: place of each entry in its group, smallest first, equal ones in order of index."""
-    entries = groups.unbind(-1)
-    ranks = [torch.zeros_like(entries[0], dtype=torch.uint8) for _ in entries]
+def _ranks(entries: Sequence[Tensor]) -> list[Tensor]:
+    """int8 place of each entry in its group, smallest first, equal ones in order of index."""
+    last = len(entries) - 1
+    ranks = [torch.full_like(entry, last - i, dtype=torch.int8) for i, entry in enumerate(entries)]
     for first, second in combinations(range(len(entries)), 2):
-        second_wins = entries[first] <= entries[second]
+        second_wins = (entries[first] <= entries[second]).view(torch.int8)
         ranks[second] += second_wins
-        ranks[first] += ~second_wins
-    return torch.stack(ranks, -1)
+        ranks[first] -= second_wins
+    return ranks
 
 
 def _check_divides(columns: int, pattern: Pattern, name: str) -> None:

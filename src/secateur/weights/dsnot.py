@@ -21,10 +21,11 @@ class Dsnot(WeightMethod):
     """Prune and regrow on top of another mask (one-shot-baselines, section 2.9).
 
     With D_j = W_j * mean_j a row is off by eps = sum of D over what it dropped. Each cycle takes back the
-    dropped weight that lowers |eps| most for its variance, and drops the least important kept one (by
-    Wanda's score) that lowers it too. All rows run at once. Published runs may overshoot and end worse
-    than they were on the way: here each row goes back to the cycle where |eps| was smallest.
-    The weights themselves are those of the dense model, whatever method chose the first mask.
+    dropped weight that moves eps most for its variance, and drops the least important kept one (by Wanda's
+    score) that moves it the same way. All rows run at once. A row ends with the first swap that would not
+    lower |eps|; the published code goes on to and fro around zero (`overshoot`), which in narrow matrices
+    replaces good weights for nothing. The weights themselves are those of the dense model, whatever method
+    chose the first mask.
     """
 
     id: ClassVar[str] = "dsnot"
@@ -37,6 +38,7 @@ class Dsnot(WeightMethod):
     cycles: int = Field(50, ge=0, description="most swaps in a row")
     threshold: float = Field(0.1, ge=0, description="|eps| at which a row is left alone")
     power: float = Field(1.0, ge=0, description="exponent of the input variance in the regrowing order")
+    overshoot: bool = Field(False, description="swap on when |eps| would grow, as the published code does")
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -58,9 +60,39 @@ class Dsnot(WeightMethod):
         )
         group = problem.pattern.of if problem.pattern.kind == "n:m" else 0
         chooser = _InGroup(rows, group) if group else _InRow(rows, self.cycles)
-        kept, before, after = _swap(rows, chooser, self.cycles, self.threshold)
-        notes = {"mean_error_before": float(before), "mean_error_after": float(after)}
+        kept, before, after = self._swap(rows, chooser)
+        notes = {
+            "mean_error_before": float(before.abs().mean()),
+            "mean_error_after": float(after.abs().mean()),
+        }
         return Solution.of(problem.weight, kept, notes=notes, fallbacks=start.fallbacks)
+
+    def _swap(self, rows: _Rows, chooser: _InRow | _InGroup) -> tuple[Tensor, Tensor, Tensor]:
+        """The mask after the swaps, and (out,) eps before and after.
+
+        A regrown weight of positive effect leaves eps smaller, and so does a dropped one of negative
+        effect: with eps > 0 the first comes from side 0 and the second from side 1, with eps < 0 the
+        other way round.
+        """
+        queue = _Queue(-rows.appeal.abs(), ~rows.kept, rows.effect, self.cycles)
+        row = torch.arange(len(rows.kept), device=rows.kept.device)
+        first = eps = (rows.effect * ~rows.kept).sum(1)
+        kept, alive = rows.kept.clone(), torch.ones_like(eps, dtype=torch.bool)
+        for _ in range(self.cycles):
+            side = (eps <= 0).long()
+            regrown, left = queue.peek(side)
+            dropped, fits = chooser.find(1 - side, regrown)
+            after = eps + rows.effect[row, dropped] - rows.effect[row, regrown]
+            alive = alive & left & (eps.abs() > self.threshold)
+            if not self.overshoot:
+                alive = alive & (~fits | (after.abs() < eps.abs()))
+            swapped = alive & fits
+            queue.advance(side, alive)  # a candidate without a partner is passed over
+            chooser.take(1 - side, dropped, swapped)
+            kept[row, regrown] |= swapped
+            kept[row, dropped] &= ~swapped
+            eps = torch.where(swapped, after, eps)
+        return kept, first, eps
 
 
 def _moments(inputs: InputStatistics) -> tuple[Tensor, Tensor]:
@@ -95,7 +127,7 @@ class _Queue:
 
     def __init__(self, order: Tensor, allowed: Tensor, effect: Tensor, length: int) -> None:
         """`order`: (out, in), lowest first; `allowed`: who may be taken; `effect`: its sign is the side."""
-        length = min(length, order.shape[1])
+        length = max(min(length, order.shape[1]), 1)
         sides = [order.masked_fill(~(allowed & side), torch.inf) for side in (effect > 0, effect < 0)]
         found = [side.topk(length, dim=-1, largest=False, sorted=True) for side in sides]
         self.indices = torch.stack([side.indices for side in found])
@@ -117,7 +149,7 @@ class _InRow:
     """Whatever weight of the row is least important goes."""
 
     def __init__(self, rows: _Rows, cycles: int) -> None:
-        self._queue = _Queue(rows.importance, rows.kept, rows.effect, max(cycles, 1))
+        self._queue = _Queue(rows.importance, rows.kept, rows.effect, cycles)
 
     def find(self, side: Tensor, regrown: Tensor) -> tuple[Tensor, Tensor]:
         return self._queue.peek(side)
@@ -146,37 +178,3 @@ class _InGroup:
 
     def take(self, side: Tensor, dropped: Tensor, rows: Tensor) -> None:
         self._free[self._row, dropped] &= ~rows
-
-
-def _swap(
-    rows: _Rows, chooser: _InRow | _InGroup, cycles: int, threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mask after the swaps, and the mean |eps| of a row before and after.
-
-    A regrown weight of positive effect leaves eps smaller, and so does a dropped one of negative effect:
-    with eps > 0 the first comes from side 0 and the second from side 1, with eps < 0 the other way round.
-    """
-    taken = _Queue(-rows.appeal.abs(), ~rows.kept, rows.effect, max(cycles, 1))
-    row = torch.arange(len(rows.kept), device=rows.kept.device)
-    eps = (rows.effect * ~rows.kept).sum(1)
-    history, swaps = [eps.abs()], []
-    alive = torch.ones_like(eps, dtype=torch.bool)
-    for _ in range(cycles):
-        side = (eps <= 0).long()
-        regrown, have = taken.peek(side)
-        dropped, fits = chooser.find(1 - side, regrown)
-        alive = alive & have & (eps.abs() > threshold)
-        swapped = alive & fits
-        taken.advance(side, alive)  # a candidate without a partner is passed over
-        chooser.take(1 - side, dropped, swapped)
-        eps = eps + torch.where(swapped, rows.effect[row, dropped] - rows.effect[row, regrown], 0.0)
-        history.append(eps.abs())
-        swaps.append((regrown, dropped, swapped))
-    trace = torch.stack(history)
-    best, cycle = trace.min(0)
-    kept = rows.kept.clone()
-    for number, (regrown, dropped, swapped) in enumerate(swaps):
-        real = swapped & (number < cycle)
-        kept[row, regrown] |= real
-        kept[row, dropped] &= ~real
-    return kept, trace[0].mean(), best.mean()

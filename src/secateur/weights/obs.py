@@ -1,13 +1,13 @@
 """The optimal-brain-surgeon sweep: columns go one after the other, those to their right make up for it.
 
 The sweep of SparseGPT (one-shot-baselines, section 2.4), computed in another order than published: on the
-transposed matrix, and looking left. A column collects what the columns before it owe when its turn comes,
-in three levels of blocking, so that nearly all arithmetic is in large products.
+transposed matrix, and looking left. Columns collect what those before them ask for when their turn comes,
+in nested spans, so that nearly all arithmetic is in large products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -56,23 +56,17 @@ def _lower_inverse(lower: Tensor) -> Tensor:
 
 
 def sweep(
-    weight: Tensor,
-    upper: Tensor,
-    choose: Choose,
-    *,
-    block: int,
-    panel: int,
-    lazy: bool = False,
+    weight: Tensor, upper: Tensor, choose: Choose, *, widths: Sequence[int], level: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prune all columns from left to right.
 
     Args:
         weight: (out, in) float32, not changed.
         upper: (in, in) of `inverse_factor`.
-        choose: called with the scores w^2 / U_ii^2 of the current weights of each block.
-        block: columns chosen together, and updated by one product.
-        panel: columns that go one by one inside the block.
-        lazy: call `choose` for each panel instead, after the updates of the panels before it.
+        choose: called with the scores w^2 / U_ii^2 of the current weights.
+        widths: of the nested spans of columns, widest first. A span is brought up to date by one product
+            when its turn comes; in the innermost the columns go one by one. Any widths give the same.
+        level: index in `widths` of the spans whose columns are chosen together.
 
     Returns:
         New weight (out, in), mask of what stays (out, in), and the sum of squared errors e^2, a scalar:
@@ -80,18 +74,21 @@ def sweep(
     """
     with exact_products():
         state = _Sweep(weight, upper)
-        for columns in _spans(0, weight.shape[1], block):
-            state.collect(columns, 0)
-            if not lazy:
-                state.choose(columns, choose)
-            for few in _spans(columns.start, columns.stop, panel):
-                state.collect(few, columns.start)
-                if lazy:
-                    state.choose(few, choose)
-                state.eliminate(few)
+        _descend(state, slice(0, weight.shape[1]), choose, widths, level)
         new = state.current.masked_fill_(~state.kept, 0.0)
         loss = torch.linalg.vector_norm(state.errors, dtype=torch.float64).square()
     return new.T.contiguous(), state.kept.T.contiguous(), loss
+
+
+def _descend(state: _Sweep, columns: slice, choose: Choose, widths: Sequence[int], level: int) -> None:
+    for part in _spans(columns.start, columns.stop, widths[0]):
+        state.collect(part, columns.start)
+        if level == 0:
+            state.choose(part, choose)
+        if len(widths) > 1:
+            _descend(state, part, choose, widths[1:], level - 1)
+        else:
+            state.eliminate(part)
 
 
 def _spans(start: int, stop: int, width: int) -> Iterator[slice]:

@@ -54,20 +54,26 @@ class SparseGPT(WeightMethod):
     def prune(self, problem: Problem) -> Solution:
         chosen = METHODS.get(self.mask)().prune(problem) if self.mask else None
         upper, damping = inverse_factor(problem.inputs, self.damping)
-        grouped = problem.pattern.kind == "n:m"
-        width = problem.pattern.of if grouped else 1
+        widths, level = self._spans(problem.pattern)
         weight, kept, loss = sweep(
             problem.weight,
             upper,
             _chooser(problem, chosen.kept if chosen else None),
-            block=max(self.blocksize // width, 1) * width,
-            panel=width if grouped and not chosen else PANEL,
-            lazy=grouped,
+            widths=widths,
+            level=level,
         )
         # the published Hessian is 2/s times the sum over tokens, its loss e^2/2
         notes = {"obs_loss": float(loss) / max(problem.inputs.sequences, 1)}
         fallbacks = hessian_fallbacks(problem, self.damping, damping)
         return Solution(weight, kept, notes, fallbacks + (chosen.fallbacks if chosen else []))
+
+    def _spans(self, pattern: Pattern) -> tuple[list[int], int]:
+        """Nested widths of the sweep, and the level at which columns are chosen."""
+        if pattern.kind != "n:m":
+            return [self.blocksize, PANEL], 0
+        block = max(self.blocksize // pattern.of, 1) * pattern.of
+        widths = [block, pattern.of] if PANEL % pattern.of else [block, PANEL, pattern.of]
+        return widths, len(widths) - 1
 
 
 def hessian_fallbacks(problem: Problem, asked: float, used: float) -> list[str]:
@@ -87,17 +93,17 @@ def hessian_fallbacks(problem: Problem, asked: float, used: float) -> list[str]:
 
 def _chooser(problem: Problem, kept: Tensor | None) -> Choose:
     """How the weights of some columns are chosen, given (out, width) scores."""
-    pattern, (rows, columns) = problem.pattern, problem.weight.shape
+    pattern, rows = problem.pattern, problem.weight.shape[0]
     if kept is not None:
         return lambda scores, span: kept[:, span]
     if pattern.kind == "n:m":
         return lambda scores, span: select_groups(scores, pattern)
-    size = columns if pattern.kind == "row" else rows * columns
-    total = drop_count(size, problem.sparsity)
+    size = 1 if pattern.kind == "row" else rows
 
     def choose(scores: Tensor, span: slice) -> Tensor:
         # differences of a running total: the blocks add up to it without drift
-        count = total * span.stop // columns - total * span.start // columns
+        before, after = (drop_count(size * column, problem.sparsity) for column in (span.start, span.stop))
+        count = after - before
         if pattern.kind == "row":
             return drop_smallest(scores, count)
         return drop_smallest(scores.flatten(), count).view(scores.shape)

@@ -38,6 +38,8 @@ Measured = dict[str, Any]
 CEILING = 0.99
 """No block is pruned further than this, unless the whole model is."""
 
+BISECTIONS = 100
+
 
 class Allocation(Method):
     """Base of the allocations.
@@ -118,7 +120,8 @@ def _reach(
     def limited(parameter: float) -> list[float]:
         return [min(max(value, 0.0), ceiling) for value in family(parameter)]
 
-    while low < (middle := (low + high) / 2) < high:
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
         if weighted_mean(limited(middle), sizes) < mean:
             low = middle
         else:
