@@ -29,6 +29,7 @@ BYTES_PER_PARAMETER = 2
 END = "<|endoftext|>"
 OUTLIER_FRACTION = 0.004
 OUTLIER_FACTOR = 8.0
+STRIP_LENGTH = 20_000_003
 SENTENCES = (
     "The gardener walks along the wall and looks at every branch before she takes out her knife.",
     "A tree that is never cut grows wild, bears small fruit, and breaks under its own weight in a storm.",
@@ -89,10 +90,9 @@ def write_checkpoint(
     tokenizer.save_pretrained(out)
     build_config(shape, tokenizer).save_pretrained(out)
     shards = split_into_shards(shape, shard_bytes)
-    generator = torch.Generator().manual_seed(seed)
-    for number, names in enumerate(shards, 1):
-        tensors = {name: draw(name, size, shape, generator) for name, size in names.items()}
-        save_file(tensors, out / shard_name(number, len(shards)), metadata={"format": "pt"})
+    noise = Noise(seed)
+    for number, sizes in enumerate(shards, 1):
+        write_shard(out / shard_name(number, len(shards)), sizes, shape, noise)
     if len(shards) > 1:
         write_index(out, shape, shards)
 
@@ -160,17 +160,46 @@ def split_into_shards(shape: Shape, shard_bytes: int) -> list[dict[str, tuple[in
     return shards
 
 
-def draw(name: str, size: tuple[int, ...], shape: Shape, generator: torch.Generator) -> Tensor:
+class Noise:
+    """A long strip of normal noise; every tensor is a stretch of it from a random place on.
+
+    Drawing every one of billions of values would take most of the time of writing them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.strip = torch.randn(STRIP_LENGTH, generator=self.generator)
+
+    def stretch(self, size: tuple[int, ...]) -> Tensor:
+        wanted = math.prod(size)
+        start = int(torch.randint(STRIP_LENGTH, (), generator=self.generator))
+        pieces = [self.strip[start : start + wanted]]
+        wanted -= len(pieces[0])
+        while wanted > 0:
+            pieces.append(self.strip[:wanted])
+            wanted -= len(pieces[-1])
+        return torch.cat(pieces).view(size)
+
+    def scales(self, width: int) -> Tensor:
+        """1 for most of the columns and much more for a few."""
+        outliers = torch.rand(width, generator=self.generator) < OUTLIER_FRACTION
+        return torch.where(outliers, OUTLIER_FACTOR, 1.0)
+
+
+def write_shard(file: Path, sizes: dict[str, tuple[int, ...]], shape: Shape, noise: Noise) -> None:
+    tensors = {name: draw(name, size, shape, noise) for name, size in sizes.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def draw(name: str, size: tuple[int, ...], shape: Shape, noise: Noise) -> Tensor:
     """Noise of standard deviation 0.02 (smaller where it adds to the residual stream) with outliers."""
-    outliers = torch.rand(size[-1:], generator=generator) < OUTLIER_FRACTION
-    scale = torch.where(outliers, OUTLIER_FACTOR, 1.0)
+    values, scales = noise.stretch(size), noise.scales(size[-1])
     if len(size) == 1:
-        return (scale * (0.5 + 0.1 * torch.randn(size, generator=generator))).bfloat16()
+        return (scales * (0.5 + 0.1 * values)).bfloat16()
     deviation = 0.02
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         deviation /= math.sqrt(2 * shape.blocks)
-    weight = torch.empty(size, dtype=torch.float32).normal_(std=deviation, generator=generator)
-    return weight.mul_(scale).bfloat16()
+    return values.mul_(scales * deviation).bfloat16()
 
 
 def shard_name(number: int, total: int) -> str:
