@@ -84,7 +84,9 @@ class Recipe(BaseModel):
         implied = self.parsed_pattern.sparsity
         if self.sparsity is None:
             if implied is None:
-                raise RecipeError("no sparsity", "a fraction between 0 and 1", "add --sparsity 0.5 or --pattern 2:4")
+                raise RecipeError(
+                    "no sparsity", "a fraction between 0 and 1", "add --sparsity 0.5 or --pattern 2:4"
+                )
             return implied
         if not 0 <= self.sparsity < 1:
             raise RecipeError(
@@ -129,7 +131,9 @@ def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise RecipeError(f"unknown key {key!r} in {where}", "", did_you_mean(key, _keys(model))) from error
+            raise RecipeError(
+                f"unknown key {key!r} in {where}", "", did_you_mean(key, _keys(model))
+            ) from error
         raise RecipeError(f"{key} = {first['input']!r} in {where}", first["msg"].lower()) from error
 
 
@@ -150,8 +154,12 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     except OSError as error:
         raise InputError(f"recipe {path} cannot be read ({error.strerror})", "a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not YAML ({str(error).splitlines()[0]})", "keys and values") from error
+        raise RecipeError(
+            f"recipe {path} is not YAML ({str(error).splitlines()[0]})", "keys and values"
+        ) from error
     if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path} holds a {type(values).__name__}", "keys and values, such as 'method: wanda'")
+        raise RecipeError(
+            f"recipe {path} holds a {type(values).__name__}", "keys and values, such as 'method: wanda'"
+        )
     recipe: Recipe = parse(Recipe, {**values, **overrides}, str(path))
     return recipe

@@ -97,7 +97,7 @@ def digest(folder: Path) -> str:
         (["--sparsity", "0.5", "--length", "100000"], ["100000", "256"]),
         (["--sparsity", "0.5", "--samples", "0"], ["samples", "0"]),
         (["--sparsty", "0.5"], ["--sparsty", "--sparsity"]),
-        (["--method", "sparsegpt", "--sparsity", "0.5", "--pattern", "global"], ["global", "sparsegpt"]),
+        (["--method", "alps", "--sparsity", "0.5", "--pattern", "global"], ["global", "alps"]),
     ],
 )
 def test_wrong_request(

@@ -18,9 +18,10 @@ from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.safetensors_file import read_header, read_tensors, save_tensors
 from secateur.core.errors import OutputError
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["CheckpointWriter", "read_part"]
 
 HIDDEN = ".secateur"
+PARTS = "parts"
 CONFIG = "config.json"
 DISK_FACTOR = 2.1  # all parts, the merged files, and room for what lies beside them
 
@@ -52,14 +53,27 @@ class CheckpointWriter:
     ) -> None:
         self.out, self.source = Path(out).expanduser(), source
         self._hidden = self.out / HIDDEN
-        self._parts, self._final = self._hidden / "parts", self._hidden / "final"
+        self._parts, self._final = self._hidden / PARTS, self._hidden / "final"
         require_place(self.out, source.folder)
-        self._journal = self._find_journal(fingerprint, resume)
+        self._journal = _find_journal(self.out, fingerprint, resume)
         self._journal.require(fingerprint)
         if not self.merged:
             present_bytes = bytes_below(self._parts) + bytes_below(self._final)
             require_disk(self.out, int(DISK_FACTOR * source.nbytes) - present_bytes)
             self._begin()
+
+    @classmethod
+    def check(cls, out: Path, source: Checkpoint, *, resume: bool = False) -> None:
+        """Refuse a place that the constructor would refuse, before anything long is done.
+
+        Raises:
+            OutputError: as the constructor; nothing is created.
+        """
+        out = Path(out).expanduser()
+        require_place(out, source.folder)
+        if _find_journal(out, {}, resume).parts:
+            return
+        require_disk(out, int(DISK_FACTOR * source.nbytes))
 
     @property
     def parts(self) -> Mapping[str, dict[str, Any]]:
@@ -133,25 +147,6 @@ class CheckpointWriter:
         self._publish()
         self._tidy()
 
-    def _find_journal(self, fingerprint: dict[str, Any], resume: bool) -> Journal:
-        journal = Journal.load(self._hidden)
-        if journal is not None:
-            if resume:
-                return journal
-            raise OutputError(
-                f"{self.out} holds an unfinished run", "", "add --resume or choose another folder"
-            )
-        others = [path.name for path in entries(self.out) if path != self._hidden]
-        # A workspace without a journal: killed before the first step or after the last but one of `finish`.
-        last_step = bool(others) and resume and self._hidden.is_dir()
-        if others and not last_step:
-            raise OutputError(
-                f"{self.out} is not empty (it holds {others[0]})",
-                "an unfinished run or an empty folder" if resume else "an empty folder",
-                "choose another output folder",
-            )
-        return Journal(self._hidden, plain(fingerprint), merged=last_step)
-
     def _begin(self) -> None:
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
@@ -164,7 +159,7 @@ class CheckpointWriter:
 
     def _path(self, part: str) -> Path:
         number = list(self.parts).index(part) if part in self.parts else len(self.parts)
-        return self._parts / f"{number:05d}.safetensors"
+        return self._parts / part_file(number)
 
     def _merge(self, config_updates: dict[str, Any], extra: dict[str, str | bytes], shard_bytes: int) -> None:
         if self._final.exists():
@@ -203,3 +198,39 @@ class CheckpointWriter:
         if self._hidden.exists():
             shutil.rmtree(self._hidden)
         sync_folder(self.out)
+
+
+def read_part(out: Path, part: str) -> dict[str, Tensor]:
+    """A finished part of the unfinished run in `out`, for a process that does not write it.
+
+    Raises `KeyError` for a part that is not there.
+    """
+    journal = Journal.load(out / HIDDEN)
+    if journal is None or part not in journal.parts:
+        raise KeyError(part)
+    path = out / HIDDEN / PARTS / part_file(list(journal.parts).index(part))
+    return read_tensors(path, read_header(path).values())
+
+
+def part_file(number: int) -> str:
+    return f"{number:05d}.safetensors"
+
+
+def _find_journal(out: Path, fingerprint: dict[str, Any], resume: bool) -> Journal:
+    """The unfinished run in `out`, or a new one where nothing stands in the way."""
+    hidden = out / HIDDEN
+    journal = Journal.load(hidden)
+    if journal is not None:
+        if resume:
+            return journal
+        raise OutputError(f"{out} holds an unfinished run", "", "add --resume or choose another folder")
+    others = [path.name for path in entries(out) if path != hidden]
+    # A workspace without a journal: killed before the first step or after the last but one of `finish`.
+    last_step = bool(others) and resume and hidden.is_dir()
+    if others and not last_step:
+        raise OutputError(
+            f"{out} is not empty (it holds {others[0]})",
+            "an unfinished run or an empty folder" if resume else "an empty folder",
+            "choose another output folder",
+        )
+    return Journal(hidden, plain(fingerprint), merged=last_step)

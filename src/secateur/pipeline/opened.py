@@ -59,6 +59,11 @@ class Opened:
             )
         return tokenizer
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The floating dtype of the files."""
+        return next(info.dtype for info in self.checkpoint.tensors.values() if info.dtype.is_floating_point)
+
     def source(
         self,
         device: torch.device,

@@ -15,7 +15,7 @@ import secateur
 from secateur.calibration.distributed import Group
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
-from secateur.checkpoint.writer import CheckpointWriter
+from secateur.checkpoint.writer import CheckpointWriter, read_part
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
 from secateur.pipeline.blocks import gradients_for, prune_blocks
@@ -46,6 +46,7 @@ class Run:
     """What one pruning run carries from step to step; `writer` is None on all processes but the first."""
 
     recipe: Recipe
+    out: Path
     opened: Opened
     method: WeightMethod
     data: RunData
@@ -109,7 +110,7 @@ def prune_checkpoint(
     if writer:
         save_cache(data, writer.workspace)
     dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
-    run = Run(recipe, opened, method, data, device, dtype, progress, group, writer)
+    run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer)
     layers, blocks = _apply(run, scratch)
     if writer is None:
         return None
@@ -201,13 +202,10 @@ def _finished(run: Run) -> dict[int, dict[str, Any]]:
 
 
 def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | None]:
-    """Read a pruned block from its part; processes without a writer are told its tensors."""
+    """Reads a block from the part that an earlier run wrote; None for blocks still to be pruned."""
 
     def read(index: int) -> dict[str, Tensor] | None:
-        if index not in done:
-            return None
-        tensors = run.writer.read(part_name(index)) if run.writer else None
-        return run.group.broadcast(tensors) if run.group else tensors
+        return read_part(run.out, part_name(index)) if index in done else None
 
     return read
 
