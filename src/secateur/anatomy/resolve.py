@@ -65,21 +65,21 @@ class _Resolver:
         )
 
     def _block(self, index: int) -> Block:
-        shapes = self.model.shapes[index]
-        signature = frozenset(shapes.items())
-        template = self.templates.get(signature)
-        if template is None:
-            template = self.templates[signature] = self._template(self.model.blocks[index], shapes)
-        return template.block(self.family.blocks, index)
-
-    def _template(self, block: nn.Module, shapes: dict[str, Shape]) -> Template:
+        module, shapes = self.model.blocks[index], self.model.shapes[index]
         declared = self.family.matrices.items()
         entries = {path: entry for path, entry in declared if _parameter(path, entry) in shapes}
+        alike = frozenset(shapes.items())
+        if alike not in self.templates:
+            self.templates[alike] = self._template(entries, shapes)
+        for path, entry in entries.items():
+            _check_layout(module, path, entry)
+        return self.templates[alike].block(self.family.blocks, index)
+
+    def _template(self, entries: Mapping[str, MatrixEntry], shapes: dict[str, Shape]) -> Template:
         axes = self._axes(entries, shapes)
         self._verify(shapes, axes)
         sites: dict[str, Site] = {}
         for path, entry in entries.items():
-            _check_layout(block, path, entry)
             sites.setdefault(entry.input or path, _site(path, entry))
         matrices = (matrix for path, entry in entries.items() for matrix in self._matrices(path, entry))
         return Template(tuple(matrices), sites, axes, shapes)
