@@ -38,22 +38,22 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+DEFAULTS = {"--method": "wanda", "--samples": "4", "--length": "16", "--evaluation-windows": "0"}
+
+
 def prune(model: Path | str, out: Path, text: Path | str, *more: str) -> list[str]:
-    base = [
+    defaults = [word for name, value in DEFAULTS.items() if name not in more for word in (name, value)]
+    return [
         "prune",
         str(model),
         "-o",
         str(out),
         "--calibration",
         str(text),
-        "--samples",
-        "4",
-        "--length",
-        "16",
+        "--no-measure-speed",
+        *defaults,
+        *more,
     ]
-    plain = ["--evaluation-windows", "0", "--no-measure-speed"]
-    named = [] if "--method" in more else ["--method", "wanda"]
-    return [*base, *plain, *named, *more]
 
 
 def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str], *fragments: str) -> str:
