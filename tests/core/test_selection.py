@@ -38,7 +38,7 @@ def draw_scores(seed: int, shape: tuple[int, ...], levels: int) -> Tensor:
     return torch.randint(levels, shape, generator=generator).float()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     batch=st.lists(st.integers(1, 3), max_size=2),
@@ -129,7 +129,7 @@ def test_check_pattern_counts_the_groups_that_break_it():
     assert check_pattern(weight, Pattern("matrix"), 7 / 16) == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=5),

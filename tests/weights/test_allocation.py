@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from secateur.core.errors import RecipeError
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import InputStatistics
-from secateur.weights.allocation import ALLOCATIONS
+from secateur.weights.allocation import ALLOCATIONS, Allocation
 from secateur.weights.allocation.alpha import AlphaPruning, tail_exponent
 from secateur.weights.allocation.base import rescaled, shifted, weighted_mean
 from secateur.weights.allocation.owl import Owl
@@ -24,9 +24,11 @@ KEYS = {"owl": "outliers", "alpha": "alpha", "uniform": "unused"}
 blocks = st.lists(st.tuples(st.floats(0, 20), st.integers(1, 10**9)), min_size=1, max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(found=blocks, sparsity=st.floats(0, 0.98), name=st.sampled_from(sorted(KEYS)))
-def test_mean_over_parameters_is_what_was_asked(found, sparsity: float, name: str) -> None:
+def test_mean_over_parameters_is_what_was_asked(
+    found: list[tuple[float, int]], sparsity: float, name: str
+) -> None:
     measured = [{KEYS[name]: value} for value, _ in found]
     sizes = [size for _, size in found]
     result = ALLOCATIONS.get(name)().sparsities(measured, sizes, sparsity)
@@ -37,7 +39,7 @@ def test_mean_over_parameters_is_what_was_asked(found, sparsity: float, name: st
 
 @pytest.mark.parametrize("allocation", [Uniform(), Owl(lamb=0.0), AlphaPruning(eps=0.0)])
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.7])
-def test_no_range_is_uniform_exactly(allocation, sparsity: float) -> None:
+def test_no_range_is_uniform_exactly(allocation: Allocation, sparsity: float) -> None:
     measured = [{"outliers": x, "alpha": x} for x in (1.0, 2.0, 5.0)]
     assert allocation.sparsities(measured, [10, 30, 7], sparsity) == [sparsity] * 3
 

@@ -21,6 +21,7 @@ from secateur.weights.losses import reconstruction_loss
 from .problems import observe
 
 WINDOWS, LENGTH = 16, 128
+Layers = dict[str, tuple[Tensor, InputStatistics]]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def model(shared: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def layers(shared: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, InputStatistics]]:
+def layers(shared: Path, model: PreTrainedModel) -> Layers:
     """Weight and statistics of every linear of the blocks, from one plain forward with hooks."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260k")
     text = (shared / "data/tinystories/calibration.txt").read_text(encoding="utf-8")[:20_000]
@@ -60,9 +61,7 @@ def layers(shared: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Inpu
     return found
 
 
-def mean_loss(
-    layers: dict[str, tuple[Tensor, InputStatistics]], method: str, pattern: str, p: float
-) -> float:
+def mean_loss(layers: Layers, method: str, pattern: str, p: float) -> float:
     losses = []
     for name, (weight, inputs) in layers.items():
         entry = METHODS.get(method)()
@@ -76,7 +75,7 @@ def mean_loss(
 @pytest.mark.parametrize(
     ("pattern", "sparsity"), [("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5)]
 )
-def test_order_of_the_methods(layers, pattern: str, sparsity: float) -> None:
+def test_order_of_the_methods(layers: Layers, pattern: str, sparsity: float) -> None:
     names = ["alps", "sparsegpt", "wanda", "magnitude", "random"]
     losses = [mean_loss(layers, name, pattern, sparsity) for name in names]
     assert losses == sorted(losses), dict(zip(names, losses, strict=True))
@@ -85,18 +84,18 @@ def test_order_of_the_methods(layers, pattern: str, sparsity: float) -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
-def test_refinement_improves_its_base(layers, sparsity: float) -> None:
+def test_refinement_improves_its_base(layers: Layers, sparsity: float) -> None:
     assert mean_loss(layers, "dsnot", "row", sparsity) < mean_loss(layers, "wanda", "row", sparsity)
 
 
 @pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "alps", "dsnot"])
-def test_looser_patterns_lose_less(layers, method: str) -> None:
+def test_looser_patterns_lose_less(layers: Layers, method: str) -> None:
     losses = [mean_loss(layers, method, pattern, 0.5) for pattern in ("row", "2:4", "1:2")]
     assert losses == sorted(losses)
 
 
 @pytest.mark.parametrize("name", ["owl", "alpha"])
-def test_allocations_differ_between_blocks_and_keep_the_mean(layers, name: str) -> None:
+def test_allocations_differ_between_blocks_and_keep_the_mean(layers: Layers, name: str) -> None:
     blocks: dict[int, list[tuple[str, Tensor, InputStatistics]]] = {}
     for layer, (weight, inputs) in layers.items():
         blocks.setdefault(int(layer.split(".")[2]), []).append((layer, weight, inputs))
@@ -108,7 +107,7 @@ def test_allocations_differ_between_blocks_and_keep_the_mean(layers, name: str) 
     assert max(result) - min(result) > 0.1
 
 
-def test_a_width_that_does_not_divide_is_refused(layers) -> None:
+def test_a_width_that_does_not_divide_is_refused(layers: Layers) -> None:
     """FFN 172 is no multiple of 8."""
     with pytest.raises(RecipeError, match="172"):
         mean_loss(layers, "wanda", "3:8", 0.5)

@@ -92,6 +92,8 @@ class Dsnot(WeightMethod):
             kept[row, regrown] |= swapped
             kept[row, dropped] &= ~swapped
             eps = torch.where(swapped, after, eps)
+            if not bool(alive.any()):  # nearly all rows end within a few cycles
+                break
         return kept, first, eps
 
 

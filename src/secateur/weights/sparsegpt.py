@@ -12,7 +12,7 @@ from secateur.core.pattern import Pattern
 from secateur.core.selection import drop_count, drop_smallest, select_groups
 from secateur.core.statistics import Statistic
 from secateur.weights.base import METHODS, OtherMethod, Problem, Solution, WeightMethod, register
-from secateur.weights.obs import Choose, inverse_factor, sweep
+from secateur.weights.obs import Choose, hessian_factor, sweep
 
 __all__ = ["SparseGPT", "hessian_fallbacks"]
 
@@ -48,16 +48,16 @@ class SparseGPT(WeightMethod):
 
     def score(self, problem: Problem) -> Tensor:
         """W^2 / U_jj^2 before any update, for a choice across matrices."""
-        upper, _ = inverse_factor(problem.inputs, self.damping)
-        return (problem.weight / upper.diagonal()).square()
+        factor, _ = hessian_factor(problem.inputs, self.damping)
+        return (problem.weight * factor.diagonal()).square()
 
     def prune(self, problem: Problem) -> Solution:
         chosen = METHODS.get(self.mask)().prune(problem) if self.mask else None
-        upper, damping = inverse_factor(problem.inputs, self.damping)
+        factor, damping = hessian_factor(problem.inputs, self.damping)
         widths, level = self._spans(problem.pattern)
         weight, kept, loss = sweep(
             problem.weight,
-            upper,
+            factor,
             _chooser(problem, chosen.kept if chosen else None),
             widths=widths,
             level=level,
