@@ -121,11 +121,14 @@ class FileLayout:
         then, as in `from_pretrained`, they are two parameters.
         """
         found = {name: stored.assemble(tensors) for name, stored in self._outer.items()}
-        for alias, source in self._anatomy.tied.items():
-            own, shared = found.get(alias), found.get(source)
-            if own is None or shared is None or torch.equal(own, shared):
-                found[alias] = found[source] = own if shared is None else shared  # type: ignore[assignment]
+        for source in dict.fromkeys(self._anatomy.tied.values()):
+            names = self._tied_names(source)
+            shared = next(found[name] for name in names if name in found)
+            found |= {name: shared for name in names if name not in found or _same(found[name], shared)}
         return found
+
+    def _tied_names(self, source: str) -> list[str]:
+        return [source, *(alias for alias, known in self._anatomy.tied.items() if known == source)]
 
     def _block(self, block: Block) -> dict[str, _Stored]:
         return {
@@ -135,11 +138,10 @@ class FileLayout:
 
     def _outer_parameters(self) -> dict[str, _Stored]:
         """Of tied names those that the files have, at least one."""
-        anatomy = self._anatomy
         stored: dict[str, _Stored] = {}
-        for name, shape in anatomy.outer.items():
-            aliases = [alias for alias, source in anatomy.tied.items() if source == name]
-            found = {known: self._find(self._outer_forms(known, shape)) for known in (name, *aliases)}
+        for name, shape in self._anatomy.outer.items():
+            names = self._tied_names(name)
+            found = {known: self._find(self._outer_forms(known, shape)) for known in names}
             present = {known: self._check(known, form) for known, form in found.items() if form is not None}
             stored.update(present or {name: self._require(name, partial(self._outer_forms, name, shape))})
         return stored
@@ -175,15 +177,18 @@ class FileLayout:
         return [name, name.removeprefix(base)] if base != "." and name.startswith(base) else [name]
 
     def _find(self, forms: Iterable[_Stored]) -> _Stored | None:
-        return next((form for form in forms if all(p.name in self._tensors for p in form.pieces)), None)
+        return next((form for form in forms if not self._missing(form)), None)
+
+    def _missing(self, form: _Stored) -> list[str]:
+        return [piece.name for piece in form.pieces if piece.name not in self._tensors]
 
     def _require(self, parameter: str, forms: Callable[[], Iterable[_Stored]]) -> _Stored:
         found = self._find(forms())
         if found is None:
-            names = " or ".join(dict.fromkeys(form.pieces[0].name for form in forms()))
+            likeliest = min(forms(), key=lambda form: len(self._missing(form)) / len(form.pieces))
             raise CheckpointError(
-                f"the files have no tensor for {parameter}",
-                names,
+                f"the files have no tensor {self._missing(likeliest)[0]}",
+                f"one for {parameter}",
                 "the checkpoint is incomplete, or not one of this config",
             )
         return self._check(parameter, found)
@@ -206,6 +211,10 @@ def _parts(rows: Axis, count: int) -> list[tuple[int, int] | None]:
         return [None]
     stops = list(accumulate(segment.size for segment in rows.segments))
     return list(zip([0, *stops], stops, strict=False))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def _names(parameters: Mapping[str, _Stored]) -> list[str]:
