@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.core.errors import NumericsError
 from secateur.core.method import Paper
 from secateur.core.numerics import exact_products
 from secateur.core.pattern import Pattern
 from secateur.core.selection import drop_count, select
-from secateur.core.statistics import InputStatistics, Statistic
+from secateur.core.statistics import Statistic
 from secateur.weights.base import Problem, Solution, WeightMethod, register
+from secateur.weights.least_squares import ScaledGram, scaled_gram, solve_on_support
 
 __all__ = ["Alps"]
 
@@ -54,14 +54,14 @@ class Alps(WeightMethod):
         if pattern.kind != "n:m" and drop_count(weight.numel(), problem.sparsity) == 0:
             return Solution(weight.clone(), torch.ones_like(weight, dtype=torch.bool))
         with exact_products():
-            gram = _gram(problem.inputs, self.damping)
+            gram = scaled_gram(problem.inputs, self.damping)
             target = weight * gram.scale
             values, kept, iterations = self._search(problem, gram, target)
-            values, steps = _solve_on_support(gram.matrix, target, values, kept, self.pcg_steps)
+            values, steps = solve_on_support(gram.matrix, target, values, kept, self.pcg_steps)
         notes = {"iterations": float(iterations), "pcg_steps": float(steps)}
         return Solution.of(values / gram.scale, kept, notes=notes)
 
-    def _search(self, problem: Problem, gram: _Gram, target: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _search(self, problem: Problem, gram: ScaledGram, target: Tensor) -> tuple[Tensor, Tensor, int]:
         """ADMM: the projected values, their support and the iterations it took.
 
         B minimises the quadratic with penalty rho, D is its projection, V the scaled disagreement;
@@ -87,7 +87,7 @@ class Alps(WeightMethod):
             if penalty.update(changes, size):
                 D, V = target, torch.zeros_like(target)
             inverse = gram.inverse(penalty.rho)
-        return D, kept, step
+        return D * kept, kept, step
 
 
 @dataclass
@@ -114,67 +114,5 @@ class _Penalty:
         return False
 
 
-@dataclass(frozen=True)
-class _Gram:
-    """Damped X^T X scaled to a unit diagonal, and its eigendecomposition.
-
-    Attributes:
-        matrix: (in, in) float32.
-        scale: (in,) float32 square roots of the diagonal before scaling.
-        vectors: (in, in) float32 eigenvectors.
-        values: (in,) float64 eigenvalues.
-    """
-
-    matrix: Tensor
-    scale: Tensor
-    vectors: Tensor
-    values: Tensor
-
-    def inverse(self, rho: float) -> Tensor:
-        """(in, in) of (matrix + rho I)^-1."""
-        return (self.vectors * (self.values + rho).reciprocal().float()) @ self.vectors.T
-
-
-def _gram(inputs: InputStatistics, damping: float) -> _Gram:
-    key = ("alps", damping)
-    if key not in inputs.cache:
-        if inputs.hessian is None:
-            raise ValueError("the Hessian was not observed")
-        damped = inputs.hessian.double()
-        mean = damped.diagonal().mean()
-        if not bool(torch.isfinite(mean)):
-            raise NumericsError("the Hessian has entries that are not finite")
-        damped.diagonal().add_(damping * mean)
-        scale = damped.diagonal().sqrt() + 1e-8
-        damped.div_(scale).div_(scale[:, None])
-        values, vectors = torch.linalg.eigh(damped)
-        inputs.cache[key] = _Gram(damped.float(), scale.float(), vectors.float(), values)
-    return cast(_Gram, inputs.cache[key])
-
-
 def _project(values: Tensor, problem: Problem) -> Tensor:
     return select(values.abs(), problem.pattern, problem.sparsity, name=problem.name)
-
-
-def _solve_on_support(
-    gram: Tensor, target: Tensor, values: Tensor, kept: Tensor, most: int, tolerance: float = 1e-4
-) -> tuple[Tensor, int]:
-    """Conjugate gradients for every output row at once, restricted to its support.
-
-    The unit diagonal makes the plain method the Jacobi-preconditioned one. A row stands still once its
-    residual has fallen below `tolerance` of the first.
-    """
-    residual = ((target - values) @ gram) * kept
-    direction, energy = residual.clone(), residual.square().sum(-1, keepdim=True)
-    enough = energy * tolerance**2
-    for step in range(most):
-        if bool((energy <= enough).all()):
-            return values, step
-        image = (direction @ gram) * kept
-        curvature = (direction * image).sum(-1, keepdim=True)
-        length = torch.where(energy > enough, energy / curvature, 0.0)
-        values = values + length * direction
-        residual = residual - length * image
-        before, energy = energy, residual.square().sum(-1, keepdim=True)
-        direction = residual + torch.where(before > 0, energy / before, 0.0) * direction
-    return values, most

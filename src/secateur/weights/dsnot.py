@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from secateur.core.method import Paper
 from secateur.core.statistics import InputStatistics, Statistic
 from secateur.weights.base import METHODS, OtherMethod, Problem, Solution, WeightMethod, input_norms, register
+from secateur.weights.swaps import InGroup, InRow, Queue, Rows
 
 __all__ = ["Dsnot"]
 
@@ -52,14 +52,14 @@ class Dsnot(WeightMethod):
         start = METHODS.get(self.base)().prune(problem)
         mean, variance = _moments(problem.inputs)
         effect = problem.weight * mean
-        rows = _Rows(
+        rows = Rows(
             effect=effect,
             appeal=effect / variance.pow(self.power),
             importance=problem.weight.abs() * input_norms(problem.inputs),
             kept=start.kept,
         )
         group = problem.pattern.of if problem.pattern.kind == "n:m" else 0
-        chooser = _InGroup(rows, group) if group else _InRow(rows, self.cycles)
+        chooser = InGroup(rows, group) if group else InRow(rows, self.cycles)
         kept, before, after = self._swap(rows, chooser)
         notes = {
             "mean_error_before": float(before.abs().mean()),
@@ -67,14 +67,14 @@ class Dsnot(WeightMethod):
         }
         return Solution.of(problem.weight, kept, notes=notes, fallbacks=start.fallbacks)
 
-    def _swap(self, rows: _Rows, chooser: _InRow | _InGroup) -> tuple[Tensor, Tensor, Tensor]:
+    def _swap(self, rows: Rows, chooser: InRow | InGroup) -> tuple[Tensor, Tensor, Tensor]:
         """The mask after the swaps, and (out,) eps before and after.
 
         A regrown weight of positive effect leaves eps smaller, and so does a dropped one of negative
         effect: with eps > 0 the first comes from side 0 and the second from side 1, with eps < 0 the
         other way round.
         """
-        queue = _Queue(-rows.appeal.abs(), ~rows.kept, rows.effect, self.cycles)
+        queue = Queue(-rows.appeal.abs(), ~rows.kept, rows.effect, self.cycles)
         row = torch.arange(len(rows.kept), device=rows.kept.device)
         first = eps = (rows.effect * ~rows.kept).sum(1)
         kept, alive = rows.kept.clone(), torch.ones_like(eps, dtype=torch.bool)
@@ -105,78 +105,3 @@ def _moments(inputs: InputStatistics) -> tuple[Tensor, Tensor]:
     variance = inputs.second_moment / tokens - (inputs.mean / tokens).square()
     floor = max(float(variance.max()) * 1e-12, 1e-30)  # constant inputs must not divide by zero
     return (inputs.mean / max(inputs.sequences, 1)).float(), variance.clamp_min(floor).float()
-
-
-@dataclass
-class _Rows:
-    """What the swaps look at, all (out, in).
-
-    Attributes:
-        effect: contribution of each weight to the mean output of its row.
-        appeal: effect over variance; the extremes are regrown first.
-        importance: Wanda's score; the lowest are dropped first.
-        kept: the mask to start from.
-    """
-
-    effect: Tensor
-    appeal: Tensor
-    importance: Tensor
-    kept: Tensor
-
-
-class _Queue:
-    """The first candidates of every row in order, for rows that must go down and rows that must go up."""
-
-    def __init__(self, order: Tensor, allowed: Tensor, effect: Tensor, length: int) -> None:
-        """`order`: (out, in), lowest first; `allowed`: who may be taken; `effect`: its sign is the side."""
-        length = max(min(length, order.shape[1]), 1)
-        sides = [order.masked_fill(~(allowed & side), torch.inf) for side in (effect > 0, effect < 0)]
-        found = [side.topk(length, dim=-1, largest=False, sorted=True) for side in sides]
-        self.indices = torch.stack([side.indices for side in found])
-        self.usable = torch.stack([side.values < torch.inf for side in found])
-        self.next = torch.zeros(self.indices.shape[:2], dtype=torch.int64, device=order.device)
-        self._row = torch.arange(order.shape[0], device=order.device)
-
-    def peek(self, side: Tensor) -> tuple[Tensor, Tensor]:
-        """(out,) index of the next candidate on `side` (0: positive effect), and whether there is one."""
-        place = self.next[side, self._row]
-        inside = place.clamp_max(self.indices.shape[-1] - 1)
-        return self.indices[side, self._row, inside], self.usable[side, self._row, inside] & (place == inside)
-
-    def advance(self, side: Tensor, rows: Tensor) -> None:
-        self.next[side, self._row] += rows
-
-
-class _InRow:
-    """Whatever weight of the row is least important goes."""
-
-    def __init__(self, rows: _Rows, cycles: int) -> None:
-        self._queue = _Queue(rows.importance, rows.kept, rows.effect, cycles)
-
-    def find(self, side: Tensor, regrown: Tensor) -> tuple[Tensor, Tensor]:
-        return self._queue.peek(side)
-
-    def take(self, side: Tensor, dropped: Tensor, rows: Tensor) -> None:
-        self._queue.advance(side, rows)
-
-
-class _InGroup:
-    """The least important kept weight of the regrown one's own N:M group goes."""
-
-    def __init__(self, rows: _Rows, width: int) -> None:
-        self._width = width
-        self._free = rows.kept.clone()
-        self._rows = rows
-        self._row = torch.arange(len(rows.kept), device=rows.kept.device)
-
-    def find(self, side: Tensor, regrown: Tensor) -> tuple[Tensor, Tensor]:
-        start = regrown - regrown % self._width
-        members = start[:, None] + torch.arange(self._width, device=start.device)
-        effect = self._rows.effect.gather(1, members)
-        right_sign = torch.where(side[:, None] == 0, effect > 0, effect < 0)
-        allowed = self._free.gather(1, members) & right_sign
-        lowest, place = self._rows.importance.gather(1, members).masked_fill(~allowed, torch.inf).min(1)
-        return start + place, lowest < torch.inf
-
-    def take(self, side: Tensor, dropped: Tensor, rows: Tensor) -> None:
-        self._free[self._row, dropped] &= ~rows
