@@ -31,10 +31,10 @@ class Calibration(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = "self"
-    samples: int = Field(128, ge=1)
-    length: int | None = Field(None, ge=2)
+    samples: int = Field(default=128, ge=1)
+    length: int | None = Field(default=None, ge=2)
     column: str | None = None
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
 
 
 class Recipe(BaseModel):
@@ -66,9 +66,9 @@ class Recipe(BaseModel):
     allocation: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
     allocation_options: dict[str, Any] = Field(default_factory=dict)
-    calibration: Calibration = Field(default_factory=Calibration)
+    calibration: Calibration = Field(default=Calibration())
     text: str | None = None
-    evaluation_windows: int = Field(64, ge=0)
+    evaluation_windows: int = Field(default=64, ge=0)
     seed: int = 0
     device: str = "auto"
     dtype: DType = "auto"

@@ -86,6 +86,8 @@ def prune(
 
     command = shlex.join(["secateur", *sys.argv[1:]])
     report = prune_checkpoint(parsed, out, resume=resume, command=command, progress=progress_for(json))  # type: ignore[arg-type]
+    if report is None:  # another process of the same torchrun speaks
+        return
     if json:
         print_json(report.model_dump(mode="json"))
         return

@@ -74,10 +74,10 @@ def plan_budget(
     allocation.check_pattern(pattern)
     if allocation.needs_pass == "none":
         return uniform_budget(anatomy, pattern, sparsity)
-    needs = {"second_moment"} if allocation.needs_pass == "activations" else set()
+    forward = allocation.needs_pass == "activations"
     measured: list[dict[str, Any]] = []
-    for opened in _dense_pass(driver, progress, f"{recipe.allocation}: measuring the dense model"):
-        observed = opened.observe(needs, record_output=False) if needs else {}
+    for opened in _dense_pass(driver, progress, f"{recipe.allocation}: measuring the dense model", forward):
+        observed = opened.observe(allocation.statistics, record_output=False) if forward else {}
         matrices = [
             (matrix.name, matrix.view(opened.parameters).float(), statistics_of(matrix, observed))
             for matrix in opened.block.matrices
@@ -88,9 +88,9 @@ def plan_budget(
     return Budget(pattern, tuple(allocation.sparsities(measured, sizes, sparsity)), {})
 
 
-def _dense_pass(driver: Driver, progress: Progress, title: str) -> Iterator[OpenBlock]:
+def _dense_pass(driver: Driver, progress: Progress, title: str, forward: bool) -> Iterator[OpenBlock]:
     with progress.task(title, len(driver.source.anatomy.blocks)) as task:
-        for opened in driver.blocks():
+        for opened in driver.blocks(forward=forward):
             yield opened
             task.advance()
 
@@ -108,7 +108,7 @@ def _global_matrix_sparsities(
     scratch.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     sizes: dict[str, int] = {}
-    for opened in _dense_pass(driver, progress, "scoring the dense model"):
+    for opened in _dense_pass(driver, progress, "scoring the dense model", bool(method.statistics)):
         observed = (
             opened.observe(method.statistics - {"gradient"}, record_output=False) if method.statistics else {}
         )

@@ -76,7 +76,7 @@ class Opened:
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model in memory, through the stock loader."""
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
-        return model.to(device).eval()  # type: ignore[no-any-return]
+        return model.to(device).eval()
 
     @property
     def max_length(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from secateur.core.errors import OutputError, RecipeError
+from secateur.core.errors import OutputError, RecipeError, SecateurError
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import machine_facts, peak_memory_bytes
 from secateur.evaluation.quality import compare_quality, perplexity, protocol_of
@@ -64,7 +64,10 @@ def prune(
     if out is None:
         raise OutputError("no output folder", "a folder for the result", "give out='pruned'")
     command = f"secateur.prune({name!r}, {str(out)!r}, ...)"
-    return prune_checkpoint(recipe, Path(out), resume=resume, command=command, progress=progress)
+    report = prune_checkpoint(recipe, Path(out), resume=resume, command=command, progress=progress)
+    if report is None:
+        raise SecateurError("only the first process of a torchrun has a report; use the command line there")
+    return report
 
 
 def evaluate(
@@ -162,20 +165,28 @@ def bench(
     chosen = choose_device(device)
     opened = open_model(model)
     precision = choose_dtype(dtype, chosen, opened.stored_dtype)
-    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     loaded = opened.load(precision, chosen)
     result: dict[str, Any] = {
-        "model": str(model), "bytes": opened.checkpoint.nbytes, "machine": machine_facts(),
-        "dtype": str(precision).removeprefix("torch."), **settings,
-    }  # fmt: skip
-    with progress.task("timing", 1) as task:
-        if against is None:
-            result["speed"] = measure_speed(loaded, **settings).as_dict()
-        else:
-            other = open_model(against)
-            both = compare_speed(loaded, other.load(precision, chosen), **settings)
-            result |= {"against": str(against), "bytes_against": other.checkpoint.nbytes, **both.as_dict()}
-        task.advance()
+        "model": str(model),
+        "bytes": opened.checkpoint.nbytes,
+        "machine": machine_facts(),
+        "dtype": str(precision).removeprefix("torch."),
+    }
+    if against is None:
+        result |= measure_speed(
+            loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, progress=progress
+        ).as_dict()
+    else:
+        other = open_model(against)
+        both = compare_speed(
+            loaded,
+            other.load(precision, chosen),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            progress=progress,
+        )
+        result |= {"against": str(against), "bytes_against": other.checkpoint.nbytes, **both.as_dict()}
     result["peak_memory_bytes"] = peak_memory_bytes()
     return result
 

@@ -31,8 +31,8 @@ _PAIRS = (
     _Measure("parameters", "Parameters", count, True, 0.0),
     _Measure("nonzero_parameters", "Non-zero parameters", count, None, 0.0),
     _Measure("perplexity", "Perplexity", number, True, 0.001),
-    _Measure("prefill_tokens_per_second", "Prefill, tokens a second", number, False, 0.05),
-    _Measure("decode_tokens_per_second", "Decode, tokens a second", number, False, 0.05),
+    _Measure("prefill_tokens_per_second", "Prefill, tokens a second", number, False, 0.1),
+    _Measure("decode_tokens_per_second", "Decode, tokens a second", number, False, 0.1),
 )
 _TO_DENSE = (
     _Measure("kl_divergence", "KL divergence from dense, nats a token", number, True, 0.0),
