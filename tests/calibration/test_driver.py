@@ -258,6 +258,22 @@ def test_a_pass_without_activations_only_opens_blocks() -> None:
         driver.logits(0)
 
 
+def test_the_last_block_need_not_run_where_nobody_reads_its_outputs() -> None:
+    model, windows = tiny_model("llama"), windows_of()
+    whole, lean = (Driver(MemorySource(copy.deepcopy(model)), windows, batch_size=2) for _ in range(2))
+    errors: list[list[float | None]] = [[], []]
+    for driver, outputs, found in zip((whole, lean), (True, False), errors, strict=True):
+        for block in driver.blocks(outputs=outputs):
+            block.observe({"mean"}, record_output=block.index != 0)
+            block.block.matrices[0].view(block.parameters)[0] = 0
+            found.append(block.finish())
+    assert errors[0] == errors[1]
+    assert errors[0][0] is None
+    assert len(logits_of(whole)) == 3
+    with pytest.raises(RuntimeError, match="logits"):
+        lean.logits(0)
+
+
 def test_a_gradient_is_no_matter_of_a_forward() -> None:
     driver = Driver(MemorySource(tiny_model("llama")), windows_of())
     for block in driver.blocks():

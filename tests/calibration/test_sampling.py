@@ -14,7 +14,7 @@ FREE = Vocabulary(VOCAB, 0, ())
 
 
 def sample(model: PreTrainedModel, vocabulary: Vocabulary = FREE, **changes: int) -> torch.Tensor:
-    return sample_windows(model, vocabulary, **{"samples": 6, "length": 24, **changes})
+    return sample_windows(model, vocabulary, **{"samples": 6, "length": 16, **changes})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])

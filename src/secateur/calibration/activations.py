@@ -98,7 +98,11 @@ class Activations:
 
     def copy(self) -> Tensor:
         """What is held, (n, T, d); empty if nothing is."""
-        return torch.empty(0) if self._buffer is None else self._buffer.clone()
+        if self._buffer is None:
+            return torch.empty(0)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # copies into host memory may be on their way
+        return self._buffer.clone()
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, T, vocabulary) from what is held, by the model's own norm and head."""

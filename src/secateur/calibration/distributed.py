@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def local_device(device: torch.device) -> torch.device:
     """`cuda` without a number becomes the GPU of this process among those that `torchrun` started here."""
-    if device.type != "cuda" or device.index is not None:
+    if str(device) != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -47,8 +47,9 @@ class Group:
             return None
         if not dist.is_initialized():
             on_gpu = device.type == "cuda"
-            own = device if device.index is not None else None
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=own if on_gpu else None)
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", device_id=local_device(device) if on_gpu else None
+            )
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def all_reduce(self, tensor: Tensor) -> None:

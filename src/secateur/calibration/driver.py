@@ -57,20 +57,24 @@ class Driver:
         self.batches = list(windows.batches(batch_size))
         self._held: Activations | None = None
 
-    def blocks(self, *, forward: bool = True) -> Iterator[OpenBlock]:
+    def blocks(self, *, forward: bool = True, outputs: bool = True) -> Iterator[OpenBlock]:
         """The blocks in order, each to be finished before the next is asked for.
 
         Args:
             forward: False for a pass that needs no activations: nothing can be observed, finishing is free.
+            outputs: False when nobody asks for logits afterwards: the last block is then run on its first
+                batch alone, for its error.
 
         Raises:
             AnatomyError: a model whose blocks cannot be run one by one.
         """
         self._held = None  # frees the activations of an earlier pass before those of this one are made
         self._held = self._embed() if forward else None
-        for block in self.source.anatomy.blocks:
+        blocks = self.source.anatomy.blocks
+        for block in blocks:
             module = self.source.open(block.index)
-            opened = OpenBlock(block, module, self._held, self.group)
+            read = outputs or block is not blocks[-1]
+            opened = OpenBlock(block, module, self._held, self.group, outputs_read=read)
             try:
                 yield opened
             finally:
@@ -112,12 +116,18 @@ class OpenBlock:
     """
 
     def __init__(
-        self, block: Block, module: nn.Module, held: Activations | None, group: Group | None
+        self,
+        block: Block,
+        module: nn.Module,
+        held: Activations | None,
+        group: Group | None,
+        *,
+        outputs_read: bool,
     ) -> None:
         self.index, self.block, self.module = block.index, block, module
         self.parameters: dict[str, Tensor] = dict(module.state_dict())
         self.finished = False
-        self._held, self._group = held, group
+        self._held, self._group, self._outputs_read = held, group, outputs_read
         self._dense: Tensor | None = None
 
     def observe(
@@ -160,12 +170,12 @@ class OpenBlock:
         if held is None:
             return None
         dense, self._dense, error = self._dense, None, None
-        for batch in held.batches:
+        for batch in held.batches if self._outputs_read else held.batches[: int(dense is not None)]:
             output = held.run(batch, self.index, self.module)
             if dense is not None:
                 error, dense = self._error(batch.real(output), batch.real(dense)), None
             held.replace(batch, output)
-        held.position = self.index + 1
+        held.position += self._outputs_read
         return error
 
     def _run_until_seen(self, held: Activations, batch: Batch) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from secateur.core.progress import SILENT, Progress, Task
 __all__ = ["GradientStore", "Norm", "collect_gradients"]
 
 BUDGET_BYTES = 1 << 30
+
+T = TypeVar("T")
 
 
 def collect_gradients(
@@ -84,12 +87,14 @@ class _Collection:
         shards = _shard_sizes(len(windows), group)
         self.chunks = -(-max(shards) // self.size)
         self.leads = group is None or group.rank == 0
-        self.identity = {
-            "norm": norm,
-            "windows_sha256": windows.sha256,
-            "shards": shards,
-            "chunk_sequences": self.size,
-        }
+        self.identity = self._agreed(
+            {
+                "norm": norm,
+                "windows_sha256": windows.sha256,
+                "shards": shards,
+                "chunk_sequences": self.size,
+            }
+        )
 
     def collect(self, store: GradientStore, chunk: int, task: Task) -> None:
         """Forward and backward of one chunk, into the store."""
@@ -161,8 +166,9 @@ class _Collection:
         if gradient is not None:
             total.add_(gradient.abs_()) if self.norm == "l1" else total.addcmul_(gradient, gradient)
 
-    def _agreed(self, done: bool) -> bool:
-        return done if self.group is None else self.group.broadcast(done)
+    def _agreed(self, value: T) -> T:
+        """The value of process 0."""
+        return value if self.group is None else self.group.broadcast(value)
 
 
 def next_token_loss(logits: Tensor, windows: Windows) -> Tensor:

@@ -25,6 +25,10 @@ class SeenError(Exception):
     """Every site was reached: the rest of the block need not run."""
 
 
+Watch = Callable[[list[Tensor]], None]
+"""Told the tensors that a module is called with."""
+
+
 class Probes:
     """Observes every site of a block while it is open as a context.
 
@@ -36,27 +40,21 @@ class Probes:
         self, block: Block, module: nn.Module, needs: Collection[Statistic], device: torch.device
     ) -> None:
         self.moments: dict[str, list[Moments]] = {}
-        self._sites_of: dict[str, list[Site]] = {}
         for site in block.sites.values():
             readers = block.readers(site.name)
             count = 1 if site.kind == "input" else 1 + max(matrix.expert or 0 for matrix in readers)
             columns = readers[0].shape[1]
             self.moments[site.name] = [Moments(columns, needs, device) for _ in range(count)]
-            self._sites_of.setdefault(site.module, []).append(site)
         self._block, self._module = block, module
+        self._paths = {site.module for site in block.sites.values()}
         self._batch: Batch | None = None
         self._left: set[str] | None = None
         self._hooks = ExitStack()
 
     def __enter__(self) -> Probes:
-        parameters = self._module.state_dict()
-        for path, sites in self._sites_of.items():
-            inner = self._module.get_submodule(path)
-            if any(site.kind == "input" for site in sites):
-                watch: Callable[..., None] = self._watch_input
-            else:
-                watch = _Experts(self._block, inner, sites, parameters, self.moments).watch
-            handle = inner.register_forward_pre_hook(self._hook(path, sites, watch), with_kwargs=True)
+        for path in self._paths:
+            hook = self._hook(path, self._watch(path))
+            handle = self._module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
             self._hooks.callback(handle.remove)
         return self
 
@@ -68,28 +66,13 @@ class Probes:
     def begin(self, batch: Batch, *, stop: bool) -> None:
         """The next forward is of this batch; with `stop` it ends in `SeenError` at the last site."""
         self._batch = batch
-        self._left = set(self._sites_of) if stop else None
+        self._left = set(self._paths) if stop else None
 
     def take(self, sequences: int, group: Group | None) -> dict[str, list[InputStatistics]]:
         """Statistics by site, summed over all processes: one entry, or one for each expert."""
         if group is not None:
             sequences = _reduce([m for several in self.moments.values() for m in several], sequences, group)
         return {name: [m.take(sequences) for m in several] for name, several in self.moments.items()}
-
-    def _hook(self, path: str, sites: list[Site], watch: Callable[..., None]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch(sites, [*args, *kwargs.values()], self)
-            if self._left is not None:
-                self._left.discard(path)
-                if not self._left:
-                    raise SeenError
-
-        return hook
-
-    def _watch_input(self, sites: list[Site], values: list[Any], probes: Probes) -> None:
-        rows = self.real(next(value for value in values if isinstance(value, Tensor)))
-        for site in sites:
-            self.moments[site.name][0].add(rows)
 
     def real(self, tensor: Tensor) -> Tensor:
         """The real tokens of (..., C), as (tokens, C)."""
@@ -105,54 +88,79 @@ class Probes:
             )
         return flat[batch.rows]
 
+    def _watch(self, path: str) -> Watch:
+        """What is to be done with the inputs of a submodule."""
+        sites = [site for site in self._block.sites.values() if site.module == path]
+        if any(site.kind != "input" for site in sites):
+            return _Experts(self, self._block, self._module, sites)
+        moments = [self.moments[site.name][0] for site in sites]
+
+        def watch(tensors: list[Tensor]) -> None:
+            rows = self.real(tensors[0])
+            for one in moments:
+                one.add(rows)
+
+        return watch
+
+    def _hook(self, path: str, watch: Watch) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watch([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+            if self._left is not None:
+                self._left.discard(path)
+                if not self._left:
+                    raise SeenError
+
+        return hook
+
 
 class _Experts:
     """Splits the tokens of a fused experts module by the expert they are routed to.
 
-    The module multiplies all experts at once in a way that depends on its version and device; its inputs do
-    not. What each expert reads is gathered from them, and its hidden activations are computed again.
+    How the module multiplies (all experts at once, one by one) depends on its version and its device; what it
+    is called with does not. So the rows of every expert are gathered from that, and its hidden activations,
+    where they are wanted, computed again.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        module: nn.Module,
-        sites: list[Site],
-        parameters: dict[str, Tensor],
-        moments: dict[str, list[Moments]],
-    ) -> None:
-        self._module, self._parameters = module, parameters
-        kinds = {site.kind: site for site in sites}
-        self._inputs = moments[kinds["experts_input"].name]
-        self._first = {matrix.expert: matrix for matrix in block.readers(kinds["experts_input"].name)}
-        self._hidden = moments[kinds["experts_hidden"].name] if "experts_hidden" in kinds else None
+    def __init__(self, probes: Probes, block: Block, module: nn.Module, sites: list[Site]) -> None:
+        names = {site.kind: site.name for site in sites}
+        self._real = probes.real
+        self._inputs = probes.moments[names["experts_input"]]
+        self._hidden = probes.moments.get(names.get("experts_hidden", ""))
+        self._first = block.readers(names["experts_input"])
+        if len(self._first) != len(self._inputs):
+            raise AnatomyError(
+                f"{len(self._first)} matrices read the input of {len(self._inputs)} experts",
+                "one for each, gate and up in one",
+                "this model's experts cannot be observed",
+            )
+        self._module: Any = module.get_submodule(sites[0].module)
+        self._parameters = module.state_dict()
 
-    def watch(self, sites: list[Site], values: list[Any], probes: Probes) -> None:
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        hidden = probes.real(tensors[0])
-        chosen = next(tensor for tensor in tensors[1:] if not tensor.is_floating_point())
-        routes = probes.real(chosen.unsqueeze(-1) if chosen.ndim == 1 else chosen)
+    def __call__(self, tensors: list[Tensor]) -> None:
+        """Add one call: hidden states (tokens, C) first, then in any order routes (tokens, k) and weights."""
+        rows = self._real(tensors[0])
+        routes = self._real(next(tensor for tensor in tensors[1:] if not tensor.is_floating_point()))
         experts, order = routes.flatten().sort(stable=True)
         counts = torch.bincount(experts, minlength=len(self._inputs)).tolist()
         tokens = order // routes.shape[1]
-        for expert, part in enumerate(torch.split(tokens, counts)[: len(self._inputs)]):
+        for matrix, part in zip(self._first, torch.split(tokens, counts), strict=False):
             if len(part):
-                self._add(expert, hidden[part])
+                self._add(matrix, rows[part])
 
-    def _add(self, expert: int, rows: Tensor) -> None:
+    def _add(self, first: Matrix, rows: Tensor) -> None:
+        expert = first.expert or 0
         self._inputs[expert].add(rows)
         if self._hidden is not None:
-            self._hidden[expert].add(self._activate(self._first[expert], rows))
+            self._hidden[expert].add(self._activate(first, rows))
 
     def _activate(self, first: Matrix, rows: Tensor) -> Tensor:
-        """What expert multiplies by its second matrix, from its (tokens, C) inputs."""
-        bias = self._parameters.get(f"{first.parameter}_bias")
-        product = functional.linear(
-            rows, first.view(self._parameters), None if bias is None else bias[first.expert]
-        )
-        if getattr(self._module, "has_gate", True):
-            return self._module._apply_gate(product)  # type: ignore[operator, no-any-return]
-        return self._module.act_fn(product)  # type: ignore[operator, no-any-return]
+        """What the second matrix of an expert multiplies, from the (tokens, C) inputs of its `first`."""
+        biases = self._parameters.get(f"{first.parameter}_bias")
+        bias = None if biases is None else biases[first.expert]
+        product = functional.linear(rows, first.view(self._parameters), bias)
+        gated = getattr(self._module, "has_gate", True)
+        activated: Tensor = self._module._apply_gate(product) if gated else self._module.act_fn(product)
+        return activated
 
 
 def _reduce(moments: list[Moments], sequences: int, group: Group) -> int:
