@@ -19,6 +19,9 @@ from secateur.report.model import Layer
 from secateur.weights.base import METHODS, Problem, Solution, WeightMethod
 from secateur.weights.losses import reconstruction_loss
 
+LOSS_ROWS = 256
+"""Rows a loss is estimated from where the exact one would cost more than the method itself."""
+
 __all__ = ["Budget", "generator_for", "prune_block", "statistics_of"]
 
 
@@ -101,7 +104,7 @@ def _prune_matrix(
         columns=matrix.shape[1],
         sparsity_requested=problem.sparsity,
         sparsity=1 - int(solution.kept.sum()) / solution.kept.numel(),
-        loss=reconstruction_loss(problem.weight, solution.weight, inputs),
+        loss=reconstruction_loss(problem.weight, solution.weight, inputs, rows=LOSS_ROWS),
         seconds=time.perf_counter() - started,
         notes=solution.notes,
         fallbacks=solution.fallbacks,
@@ -114,7 +117,7 @@ def solve(method: WeightMethod, problem: Problem) -> Solution:
     Raises:
         NumericsError: with the name of the matrix.
     """
-    if method.statistics and problem.inputs.never_reached:
+    if method.statistics - {"gradient"} and problem.inputs.never_reached:
         solution = METHODS.get("magnitude")().prune(problem)
         reason = "no calibration token" if problem.inputs.tokens == 0 else "only zeros"
         solution.fallbacks.append(f"{reason} reached this input: pruned by magnitude")

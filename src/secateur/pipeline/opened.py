@@ -51,9 +51,11 @@ class Opened:
                 "copy the tokenizer files of the original model there",
             ) from error
         vocabulary = self.anatomy.spaces.get("vocab") or self.config.vocab_size
-        if len(tokenizer) > vocabulary:
+        # tokens added beyond the model's vocabulary are common, and harmless until one is used
+        entries = tokenizer.vocab_size
+        if entries > vocabulary:
             raise CheckpointError(
-                f"the tokenizer of {self.folder} has {len(tokenizer)} entries and the model {vocabulary}",
+                f"the tokenizer of {self.folder} has {entries} entries and the model {vocabulary}",
                 "a tokenizer that fits the model",
                 "copy the tokenizer files of the original model there",
             )

@@ -67,7 +67,7 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
         "allocation": recipe.allocation,
         "sparsity": sparsity,
         "parameters_before": opened.checkpoint.parameters,
-        "prunable_parameters": prunable,
+        "parameters_prunable": prunable,
         "zeros_after": int(prunable * sparsity),
         "bytes_before": opened.checkpoint.nbytes,
         "bytes_after": opened.checkpoint.nbytes,
@@ -76,7 +76,7 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
         "seconds": round(expected.seconds, 1),
         "disk_bytes": expected.disk_bytes,
         "faster": False,
-        "effect": effect(recipe.parsed_pattern, sparsity),
+        "effect": effect(recipe.pattern, sparsity, removes=method.removes),
         "loads_in": {
             "transformers": "yes: same class and configuration, dense files",
             "vllm": "yes, as the dense model (it runs no sparse weights)",
@@ -104,9 +104,9 @@ def _memory(
     opened: Opened, method: WeightMethod, itemsize: int, tokens: int, kept_tokens: int, batch_tokens: int
 ) -> int:
     anatomy = opened.anatomy
-    outer = sum(_count(shape) for shape in anatomy.outer.values()) * itemsize
-    largest = max(anatomy.blocks, key=_block_parameters)
-    block = _block_parameters(largest) * (2 * itemsize)
+    outer = (anatomy.parameters - anatomy.block_parameters) * itemsize
+    largest = max(anatomy.blocks, key=lambda block: block.size)
+    block = largest.size * (2 * itemsize)
     hidden = anatomy.spaces["hidden"]
     activations = (max(tokens, kept_tokens) if method.statistics else kept_tokens) * hidden * itemsize
     widest = max((max(m.shape) for m in largest.matrices), default=hidden)
@@ -141,17 +141,6 @@ def _operations(anatomy: Anatomy, method: WeightMethod, tokens: int, evaluation_
 
 def _input_width(block: Block, site: str) -> int:
     return next((m.shape[1] for m in block.matrices if m.input == site), 0)
-
-
-def _block_parameters(block: Block) -> int:
-    return sum(_count(shape) for shape in block.parameters.values())
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _operations_per_second(device: torch.device) -> float:
