@@ -1,1 +1,1 @@
-"""Text in, statistics out: windows of tokens, blocks one at a time, what their matrices multiply, gradients."""
+"""Text in, statistics out: windows of tokens, blocks one at a time, what their matrices multiply."""

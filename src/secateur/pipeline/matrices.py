@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.anatomy.model import Matrix
+from secateur.anatomy.permute import permutable_space, permute
 from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import NumericsError
 from secateur.core.pattern import Pattern
@@ -93,10 +94,13 @@ def _prune_matrix(
         sparsity=budget.of(opened.index, matrix.name),
         gradient=None if gradient is None else gradient.to(view.device, torch.float32),
         generator=generator_for(seed, name),
+        permutable=(space := permutable_space(matrix)) is not None,
     )
     solution = solve(method, problem)
     with torch.no_grad():
         view.copy_(solution.weight)
+    if solution.permutation is not None and space is not None:
+        permute(opened.block, opened.parameters, space, solution.permutation)
     return Layer(
         block=opened.index,
         matrix=matrix.name,
