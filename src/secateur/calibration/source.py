@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
@@ -82,6 +83,7 @@ class SkeletonSource(ABC):
         """Drop the parameters of a block, after `_save` had them."""
         self._save(index, module)
         unload_tensors(module)
+        _return_free_memory()
 
     @abstractmethod
     def _outer_tensors(self) -> dict[str, Tensor]:
@@ -196,6 +198,21 @@ class MemorySource(SkeletonSource):
         for name, tensor in module.state_dict().items():
             if tensor.data_ptr() != own[name].data_ptr():
                 own[name].copy_(tensor)
+
+
+def _return_free_memory() -> None:
+    """Hand freed memory back to the system: blocks come and go in sizes that fragment glibc's heap, which
+    would grow from block to block."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None  # another C library
 
 
 def _default_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
