@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py --work FOLDER --out docs/evidence/memory.md
 
-A synthetic bf16 Llama (hidden 2048, FFN 8192, 36 blocks) is written first, shard by shard. Then `secateur prune`
-runs in a process of its own, whose peak resident memory, interpreter and torch included, is what counts.
+A synthetic bf16 Llama (hidden 2048, FFN 8192, 36 blocks) is written first, shard by shard. Then
+`secateur prune` runs in a process of its own, whose peak resident memory, interpreter and torch included,
+is what counts.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def main() -> int:
     rows = [measure(arguments, model, text, method) for method in arguments.methods.split(",")]
     heads = ["method", "weights", "peak resident", "asked for", "total, s", "a block, s", "reached"]
     notes = (
-        f"{arguments.samples} calibration windows of {arguments.length} tokens, batch size 1, float32 on the CPU, "
-        "50% unstructured; 2 evaluation windows before and after."
+        f"{arguments.samples} calibration windows of {arguments.length} tokens, batch size 1, float32 on the "
+        "CPU, 50% unstructured; 2 evaluation windows before and after."
     )
     write_table("Memory of a 5 GB checkpoint", heads, rows, notes=notes, out=arguments.out)
     return int(any(row[-1] == "no" for row in rows))

@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py MODEL --in-domain TRAIN.txt --out-of-domain WIKI.txt --test TEST.txt
 
-Every method x {50, 60, 70}% and 2:4, 4:8, with calibration sampled from the model (`self`), from text of its
-own domain, and from another domain. A seed chooses which windows of a text are seen (and what `self` samples);
-the test windows are always the same. Cells: mean perplexity over seeds, and half its range in brackets.
+Every method x {50, 60, 70}% and 2:4, 4:8, with calibration sampled from the model (`self`), from text of
+its own domain, and from another domain. A seed chooses which windows of a text are seen (and what `self`
+samples); the test windows are always the same. Cells: mean perplexity over seeds, half its range in brackets.
 """
 
 from __future__ import annotations

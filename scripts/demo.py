@@ -56,11 +56,20 @@ def prune_all(arguments: argparse.Namespace, console: Console) -> list[Report]:
 
 def table_of(reports: list[Report]) -> Table:
     """Before and after, a row a run."""
-    table = Table("method", "pattern", "sparsity", "perplexity", "KL", "top-1 agreement", "MB", "decode tokens/s")
+    table = Table(
+        "method", "pattern", "sparsity", "perplexity", "KL", "top-1 agreement", "MB", "decode tokens/s"
+    )
     first = reports[0]
     speed = first.decode_tokens_per_second_before
     table.add_row(
-        "dense", "", "0%", f"{first.perplexity_before:.2f}", "0", "100%", f"{first.bytes_before / 1e6:.1f}", f"{speed:.0f}"
+        "dense",
+        "",
+        "0%",
+        f"{first.perplexity_before:.2f}",
+        "0",
+        "100%",
+        f"{first.bytes_before / 1e6:.1f}",
+        f"{speed:.0f}",
     )
     for report in reports:
         table.add_row(

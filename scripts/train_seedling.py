@@ -165,7 +165,7 @@ def write_result(
     model.to("cpu", torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     facts = {
-        "architecture": "LlamaForCausalLM: hidden 256, 6 layers, 8 query and 4 KV heads, FFN 512, vocab 4096, tied",
+        "architecture": "Llama: hidden 256, 6 layers, 8 query and 4 KV heads, FFN 512, vocab 4096, tied",
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_tokens": tokens,
         "planned_tokens": arguments.tokens,

@@ -19,31 +19,29 @@ from secateur.core.selection import check_pattern
 from secateur.report.model import Report
 
 TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-CONTRACT = set(
-    [
-        "method",
-        "sparsity_requested",
-        "sparsity",
-        "parameters_before",
-        "parameters_after",
-        "bytes_before",
-        "bytes_after",
-        "perplexity_before",
-        "perplexity_after",
-        "kl_divergence",
-        "top1_agreement",
-        "prefill_tokens_per_second_before",
-        "prefill_tokens_per_second_after",
-        "decode_tokens_per_second_before",
-        "decode_tokens_per_second_after",
-        "peak_memory_bytes",
-        "seconds",
-        "protocol",
-        "seed",
-        "versions",
-        "layers",
-    ]
-)
+CONTRACT = {
+    "method",
+    "sparsity_requested",
+    "sparsity",
+    "parameters_before",
+    "parameters_after",
+    "bytes_before",
+    "bytes_after",
+    "perplexity_before",
+    "perplexity_after",
+    "kl_divergence",
+    "top1_agreement",
+    "prefill_tokens_per_second_before",
+    "prefill_tokens_per_second_after",
+    "decode_tokens_per_second_before",
+    "decode_tokens_per_second_after",
+    "peak_memory_bytes",
+    "seconds",
+    "protocol",
+    "seed",
+    "versions",
+    "layers",
+}
 
 
 @pytest.fixture(scope="module")

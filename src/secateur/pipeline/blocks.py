@@ -67,7 +67,7 @@ def prune_blocks(
     blocks: list[Block] = []
     finished = finished or {}
     with progress.task(f"pruning with {method.id}", len(driver.source.anatomy.blocks)) as task:
-        for opened in driver.blocks(forward=bool(method.statistics)):
+        for opened in driver.blocks(forward=bool(method.statistics), outputs=False):
             record = finished.get(opened.index)
             if record is not None:
                 opened.finish()

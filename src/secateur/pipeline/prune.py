@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import secateur
-from secateur.calibration.distributed import Group
+from secateur.calibration.distributed import Group, local_device
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
 from secateur.checkpoint.writer import CheckpointWriter, read_part
@@ -95,7 +95,7 @@ def prune_checkpoint(
     opened = open_model(recipe.model)
     method = method_of(recipe)
     check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
-    device = choose_device(recipe.device)
+    device = local_device(choose_device(recipe.device))
     group = Group.from_environment(device)
     first = group is None or group.rank == 0
     if first:

@@ -171,6 +171,7 @@ def bench(
         "bytes": opened.checkpoint.nbytes,
         "machine": machine_facts(),
         "dtype": str(precision).removeprefix("torch."),
+        "repeats": repeats,
     }
     if against is None:
         result |= measure_speed(
