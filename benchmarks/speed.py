@@ -27,7 +27,7 @@ from secateur.calibration.windows import Windows
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import InputStatistics
 from secateur.pipeline.prune_memory import prune_with_windows
-from secateur.recipe import Calibration, Recipe
+from secateur.recipe import Recipe
 from secateur.report.model import Layer
 from secateur.weights.base import METHODS, Problem
 
@@ -57,8 +57,7 @@ class EndToEnd:
         return lambda: run(self.model, self.ids, SPARSITY)
 
     def ours(self, method: str) -> Callable[[], list[Layer]]:
-        calibration = Calibration(batch_size=4)
-        recipe = Recipe(model="bench", method=method, sparsity=SPARSITY, calibration=calibration)
+        recipe = Recipe(model="bench", method=method, sparsity=SPARSITY)
         return lambda: prune_with_windows(self.model, recipe, Windows.of(self.ids))
 
     def run(self, method: str, repeats: int) -> tuple[list[float], list[float], str]:

@@ -25,7 +25,8 @@ class Calibration(BaseModel):
         samples: windows to observe.
         length: tokens a window; by default what the model allows, at most 2,048.
         column: which column of a JSONL, Parquet or hub data set holds the text.
-        batch_size: windows a forward pass; changes speed and memory, not the result beyond rounding.
+        batch_size: windows a forward pass, by default what suits the device; changes speed and memory, not
+            the result beyond rounding.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,7 +35,7 @@ class Calibration(BaseModel):
     samples: int = Field(default=128, ge=1)
     length: int | None = Field(default=None, ge=2)
     column: str | None = None
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
 
 
 class Recipe(BaseModel):

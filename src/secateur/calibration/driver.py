@@ -23,6 +23,9 @@ from secateur.core.statistics import InputStatistics, Statistic
 
 __all__ = ["Driver", "OpenBlock"]
 
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Larger batches on a CPU spend their time on fetching fresh pages for temporaries."""
+
 
 class Driver:
     """Streams the blocks of a model past the calibration windows.
@@ -30,7 +33,8 @@ class Driver:
     Args:
         source: of the blocks.
         windows: of this process; with a `group`, its shard.
-        batch_size: windows that pass a block at once; results do not depend on it beyond rounding.
+        batch_size: windows that pass a block at once; results do not depend on it beyond rounding. By
+            default few enough tokens to stay in the caches of a CPU, or enough to fill a GPU.
         group: processes whose statistics are added up.
 
     Raises:
@@ -48,13 +52,14 @@ class Driver:
         source: BlockSource,
         windows: Windows,
         *,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         group: Group | None = None,
         progress: Progress = SILENT,
     ) -> None:
         windows.require_fits(source.config)
         self.source, self.windows, self.group, self.progress = source, windows, group, progress
-        self.batches = list(windows.batches(batch_size))
+        fitting = BATCH_TOKENS[source.device.type] // windows.length
+        self.batches = list(windows.batches(batch_size or max(1, fitting)))
         self._held: Activations | None = None
 
     def blocks(self, *, forward: bool = True, outputs: bool = True) -> Iterator[OpenBlock]:

@@ -69,8 +69,13 @@ class SkeletonSource(ABC):
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        load_tensors(self._skeleton, self._placed(self._outer_tensors(), ""))
+        load_tensors(self._skeleton, self.outer)
         return self._skeleton
+
+    @cached_property
+    def outer(self) -> dict[str, Tensor]:
+        """What stands outside the blocks, on `device` and in `dtype`."""
+        return self._placed(self._outer_tensors(), "")
 
     def open(self, index: int) -> nn.Module:
         """Block `index` with its parameters on `device`; nothing requires a gradient."""
@@ -121,6 +126,8 @@ class FolderSource(SkeletonSource):
         dtype: to compute in; by default float32 on the CPU and the dtype of the files elsewhere.
         read: may give the tensors of block `i` by their names on disk instead of the folder (a block that
             was pruned already), or `None`.
+        outer_of: a source of the same folder whose embeddings, norm and head serve here too, so that they
+            are in memory once.
 
     Raises:
         AnatomyError: a model that is not known.
@@ -134,8 +141,9 @@ class FolderSource(SkeletonSource):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         read: Callable[[int], Mapping[str, Tensor] | None] | None = None,
+        outer_of: FolderSource | None = None,
     ) -> None:
-        self.checkpoint, self._read = checkpoint, read
+        self.checkpoint, self._read, self._outer_of = checkpoint, read, outer_of
         stored = next(info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point)
         config = AutoConfig.from_pretrained(checkpoint.folder)
         super().__init__(config, device, dtype or _default_dtype(torch.device(device), stored))
@@ -148,6 +156,8 @@ class FolderSource(SkeletonSource):
         return FolderSource(self.checkpoint, device=self.device, dtype=dtype, read=self._read)
 
     def _outer_tensors(self) -> dict[str, Tensor]:
+        if self._outer_of is not None:
+            return self._outer_of.outer
         return self.layout.assemble_outer(self.checkpoint.read(self.layout.outer_names()))
 
     def _block_tensors(self, index: int) -> dict[str, Tensor]:

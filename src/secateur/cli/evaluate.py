@@ -23,7 +23,7 @@ def evaluate(
     column: Annotated[str | None, Parameter(help="column that holds the text")] = None,
     windows: Annotated[int, Parameter(help="windows to evaluate")] = 128,
     length: Length = None,
-    batch_size: Annotated[int, Parameter(help="windows a forward pass")] = 8,
+    batch_size: Annotated[int | None, Parameter(help="windows a forward pass; default: what suits")] = None,
     tasks: Annotated[
         str | None, Parameter(help="tasks of lm-evaluation-harness, comma separated ([eval] extra)")
     ] = None,

@@ -50,7 +50,7 @@ def prune(
     column: Annotated[
         str | None, Parameter(help="column of the calibration file that holds the text")
     ] = None,
-    batch_size: Annotated[int, Parameter(help="windows a forward pass")] = 8,
+    batch_size: Annotated[int | None, Parameter(help="windows a forward pass; default: what suits")] = None,
     text: Annotated[str | None, Parameter(help="held-out text for perplexity before and after")] = None,
     evaluation_windows: Annotated[int, Parameter(help="windows to evaluate; 0 for none")] = 64,
     option: MethodOptions = None,

@@ -105,7 +105,7 @@ def protocol_of(
 
 
 def perplexity(
-    source: BlockSource, windows: Windows, *, batch_size: int = 8, progress: Progress = SILENT
+    source: BlockSource, windows: Windows, *, batch_size: int | None = None, progress: Progress = SILENT
 ) -> float:
     """exp of the mean next-token cross-entropy inside each window (one-shot-baselines, section 2.12).
 
@@ -114,7 +114,7 @@ def perplexity(
 
     Args:
         windows: that do not overlap.
-        batch_size: windows that pass a block at once.
+        batch_size: windows that pass a block at once; by default what suits the device.
 
     Raises:
         CalibrationError: windows the model cannot take, or without a token to predict.
@@ -131,7 +131,7 @@ def compare_quality(
     pruned: BlockSource,
     windows: Windows,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Quality, Quality]:
     """Perplexity of both models, and divergence and agreement of the second with the first.
@@ -161,7 +161,7 @@ def compare_quality(
     )
 
 
-def _propagate(source: BlockSource, windows: Windows, batch_size: int, progress: Progress) -> Driver:
+def _propagate(source: BlockSource, windows: Windows, batch_size: int | None, progress: Progress) -> Driver:
     """A driver that holds the final hidden states."""
     if not bool(_predicting(windows).any()):
         raise CalibrationError(

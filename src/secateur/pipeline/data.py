@@ -19,17 +19,23 @@ from secateur.recipe import MAX_DEFAULT_LENGTH, Calibration, Recipe
 
 __all__ = ["RunData", "load_run_data", "load_windows_for", "split_run_data", "window_length"]
 
+SELF = "self"
 MEMORY_FRACTION = 0.8
+WINDOWS_FILE = "windows.safetensors"
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Attributes:
-    calibration: windows that the method observes.
-    evaluation: windows that judge before and after; None when there is nothing to judge on.
-    held_out: how `evaluation` was obtained, in words, for the protocol of the report.
+    """The windows of a run.
+
+    Attributes:
+        loaded: everything that came from the calibration source.
+        calibration: what the method observes of it.
+        evaluation: windows that judge before and after; None when there is nothing to judge on.
+        held_out: how `evaluation` was obtained, in words, for the protocol of the report.
     """
 
+    loaded: Windows
     calibration: Windows
     evaluation: Windows | None
     held_out: str
@@ -58,32 +64,33 @@ def load_run_data(opened: Opened, recipe: Recipe, progress: Progress, cache: Pat
     With no text of its own the evaluation uses windows of the same source that calibration does not see.
 
     Args:
-        cache: folder of an earlier run of the same recipe, whose windows are taken again.
+        cache: folder of an earlier run, whose sampled windows are taken again.
 
     Raises:
         CalibrationError: text that is missing, empty or too short.
     """
     wanted = recipe.calibration.samples
     spare = recipe.evaluation_windows if recipe.text is None else 0
-    windows = _cached(cache) or load_windows_for(
-        opened, recipe.calibration, wanted + spare, recipe.seed, progress
-    )
+    windows = _cached(cache) if cache and recipe.calibration.source == SELF else None
+    windows = windows or load_windows_for(opened, recipe.calibration, wanted + spare, recipe.seed, progress)
     if recipe.text is not None and recipe.evaluation_windows:
         held = recipe.calibration.model_copy(update={"source": recipe.text, "column": None})
         evaluation = load_windows_for(opened, held, recipe.evaluation_windows, recipe.seed, progress)
-        return RunData(windows, evaluation, "the first windows of the text given")
+        return RunData(windows, windows, evaluation, "the first windows of the text given")
     return split_run_data(windows, wanted, spare)
 
 
 def split_run_data(windows: Windows, wanted: int, spare: int) -> RunData:
     """Keep the last windows back for the evaluation; a source that is too short is shared in proportion."""
     if not spare:
-        return RunData(windows, None, "not evaluated")
+        return RunData(windows, windows, None, "not evaluated")
     if len(windows) < 2:
-        return RunData(windows, windows, "the calibration windows themselves: the source has no more text")
+        reason = "the calibration windows themselves: the source has no more text"
+        return RunData(windows, windows, windows, reason)
     kept_back = min(spare, max(1, len(windows) * spare // (wanted + spare)), len(windows) - 1)
     observed, held = windows.split(len(windows) - kept_back)
-    return RunData(observed, held, f"the last {kept_back} windows of the calibration source, not observed")
+    reason = f"the last {kept_back} windows of the calibration source, not observed"
+    return RunData(windows, observed, held, reason)
 
 
 def load_windows_for(
@@ -118,19 +125,15 @@ def _refuse_if_too_large(opened: Opened) -> None:
         )
 
 
-def save_cache(windows: RunData, folder: Path) -> None:
-    """Keep sampled windows beside the journal so that a resumed run need not sample again."""
-    parts = [windows.calibration.ids]
-    if windows.evaluation is not None and windows.held_out.startswith("the last"):
-        parts.append(windows.evaluation.ids)
-    folder.mkdir(parents=True, exist_ok=True)
+def save_cache(data: RunData, folder: Path) -> None:
+    """Keep the windows beside the journal so that a resumed run need not sample again."""
     temporary = folder / "windows.new"
-    save_file({"ids": torch.cat(parts)}, temporary, metadata={"source": windows.calibration.source})
-    temporary.replace(folder / "windows.safetensors")
+    save_file({"ids": data.loaded.ids}, temporary, metadata={"source": data.loaded.source})
+    temporary.replace(folder / WINDOWS_FILE)
 
 
-def _cached(folder: Path | None) -> Windows | None:
-    if folder is None or not (folder / "windows.safetensors").exists():
+def _cached(folder: Path) -> Windows | None:
+    if not (folder / WINDOWS_FILE).exists():
         return None
-    with safe_open(folder / "windows.safetensors", "pt") as file:
+    with safe_open(folder / WINDOWS_FILE, "pt") as file:
         return Windows.of(file.get_tensor("ids"), source=(file.metadata() or {}).get("source", ""))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from secateur.core.errors import CheckpointError, InputError
 
 __all__ = ["Opened", "choose_device", "choose_dtype", "open_model"]
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class Opened:
@@ -34,6 +31,9 @@ class Opened:
     config: Any
     anatomy: Anatomy
     layout: FileLayout
+    _first_sources: dict[tuple[torch.device, torch.dtype], FolderSource] = field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def folder(self) -> Path:
@@ -72,8 +72,14 @@ class Opened:
         dtype: torch.dtype,
         read: Callable[[int], dict[str, Tensor] | None] | None = None,
     ) -> FolderSource:
-        """A stream of its blocks; `read(i)` may supply the file tensors of block i from elsewhere."""
-        return FolderSource(self.checkpoint, device=device, dtype=dtype, read=read)
+        """A stream of its blocks; `read(i)` may supply the file tensors of block i from elsewhere.
+
+        All streams of one folder share what stands outside the blocks.
+        """
+        first = self._first_sources.get((device, dtype))
+        source = FolderSource(self.checkpoint, device=device, dtype=dtype, read=read, outer_of=first)
+        self._first_sources.setdefault((device, dtype), source)
+        return source
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model in memory, through the stock loader."""

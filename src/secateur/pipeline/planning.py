@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from secateur.anatomy.model import Anatomy, Block
+from secateur.calibration.driver import BATCH_TOKENS
 from secateur.core.numerics import exact_products
 from secateur.evaluation.memory import available_memory_bytes
 from secateur.pipeline.budget import check_pattern_fits, method_of
@@ -91,7 +92,8 @@ def estimate(opened: Opened, recipe: Recipe, method: WeightMethod) -> Estimate:
     dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
     tokens = recipe.calibration.samples * window_length(opened, recipe.calibration.length)
     evaluation_tokens = tokens // max(recipe.calibration.samples, 1) * recipe.evaluation_windows
-    batch_tokens = tokens // max(recipe.calibration.samples, 1) * recipe.calibration.batch_size
+    length = tokens // max(recipe.calibration.samples, 1)
+    batch_tokens = max(length, length * (recipe.calibration.batch_size or 0), BATCH_TOKENS[device.type])
     seconds = _operations(opened.anatomy, method, tokens, evaluation_tokens) / _operations_per_second(device)
     return Estimate(
         _memory(opened, method, dtype.itemsize, tokens, 2 * evaluation_tokens, batch_tokens),

@@ -119,7 +119,9 @@ def _windows(model: PreTrainedModel, recipe: Recipe, tokenizer: Any, progress: P
 
     if recipe.text is not None and recipe.evaluation_windows:
         observed = load(calibration.source, calibration.samples, calibration.column)
-        return RunData(observed, load(recipe.text, recipe.evaluation_windows, None), "the text given")
+        return RunData(
+            observed, observed, load(recipe.text, recipe.evaluation_windows, None), "the text given"
+        )
     spare = recipe.evaluation_windows
     windows = load(calibration.source, calibration.samples + spare, calibration.column)
     return split_run_data(windows, calibration.samples, spare)

@@ -78,7 +78,7 @@ def evaluate(
     column: str | None = None,
     windows: int = 128,
     length: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     tasks: Sequence[str] | None = None,
     task_folder: Path | None = None,
     limit: int | None = None,
@@ -131,7 +131,12 @@ def evaluate(
     if tasks:
         loaded = opened.load(precision, chosen)
         result["tasks"] = run_tasks(
-            loaded, opened.tokenizer, list(tasks), task_folder=task_folder, limit=limit, batch_size=batch_size
+            loaded,
+            opened.tokenizer,
+            list(tasks),
+            task_folder=task_folder,
+            limit=limit,
+            batch_size=batch_size or 8,
         )
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from secateur.core.progress import Progress
 from secateur.evaluation.memory import available_memory_bytes
-from secateur.evaluation.quality import Quality, compare_quality, protocol_of
+from secateur.evaluation.quality import compare_quality, protocol_of
 from secateur.evaluation.speed import compare_speed
 from secateur.pipeline.data import RunData
 from secateur.pipeline.opened import Opened
@@ -21,7 +20,6 @@ from secateur.recipe import Recipe
 
 __all__ = ["Verdict", "verify"]
 
-logger = logging.getLogger(__name__)
 
 SPEED_MEMORY_FRACTION = 0.4
 SPEED_PARAMETERS = 2_000_000_000
@@ -127,19 +125,9 @@ def _why_no_speed(opened: Opened, recipe: Recipe, dtype: torch.dtype) -> str:
 def load_pruned(opened: Opened, read: ReadPart, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The dense model in memory with its blocks replaced by the pruned ones."""
     model = opened.load(dtype, device)
-    blocks = model.get_submodule(opened.anatomy.blocks_path)
-    for index, block in enumerate(opened.anatomy.blocks):
-        stored = read(index)
-        if stored is None:
-            continue
-        parameters = {
-            name: tensor.to(dtype) for name, tensor in opened.layout.assemble(index, stored).items()
-        }
-        blocks[index].load_state_dict(parameters, strict=False)
-        assert block.index == index
+    for block in opened.anatomy.blocks:
+        stored = read(block.index)
+        if stored is not None:
+            tensors = opened.layout.assemble(block.index, stored)
+            model.get_submodule(block.prefix).load_state_dict(tensors)
     return model
-
-
-def quality_as_values(quality: Quality) -> dict[str, Any]:
-    """For `--json`."""
-    return {key: value for key, value in vars(quality).items() if value is not None}
