@@ -168,7 +168,6 @@ def write_result(
         "architecture": "Llama: hidden 256, 6 layers, 8 query and 4 KV heads, FFN 512, vocab 4096, tied",
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_tokens": tokens,
-        "planned_tokens": arguments.tokens,
         "seed": arguments.seed,
         "date": datetime.date.today().isoformat(),
         "valid_perplexity": round(valid_perplexity, 3),

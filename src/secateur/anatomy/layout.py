@@ -101,6 +101,13 @@ class FileLayout:
         """Names on disk of embedding, head, norms and whatever else stands outside the blocks."""
         return _names(self._outer)
 
+    def head_names(self) -> list[str]:
+        """Those of `outer_names()` that only the head reads: none where it is tied to the embedding."""
+        anatomy = self._anatomy
+        shared = anatomy.tied.keys() | anatomy.tied.values()
+        own = [name for name in self._outer if name.startswith(f"{anatomy.head}.") and name not in shared]
+        return _names({name: self._outer[name] for name in own})
+
     def assemble(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of `block_names(index)` -> parameters and persistent buffers by name inside the block.
 
@@ -115,15 +122,18 @@ class FileLayout:
         return dict(piece for name, stored in block for piece in stored.disassemble(parameters[name]))
 
     def assemble_outer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of `outer_names()` -> full names in the model.
+        """Tensors of `outer_names()`, or of some of them, -> full names in the model.
 
         A tied parameter is there under all its names, as one tensor, unless the files hold two that differ:
         then, as in `from_pretrained`, they are two parameters.
         """
-        found = {name: stored.assemble(tensors) for name, stored in self._outer.items()}
+        present = {name: form for name, form in self._outer.items() if form.pieces[0].name in tensors}
+        found = {name: stored.assemble(tensors) for name, stored in present.items()}
         for source in dict.fromkeys(self._anatomy.tied.values()):
             names = self._tied_names(source)
-            shared = next(found[name] for name in names if name in found)
+            shared = next((found[name] for name in names if name in found), None)
+            if shared is None:
+                continue
             found |= {name: shared for name in names if name not in found or _same(found[name], shared)}
         return found
 

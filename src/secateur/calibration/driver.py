@@ -96,11 +96,12 @@ class Driver:
         held = self._held
         if held is None or held.position != len(self.source.anatomy.blocks):
             raise RuntimeError("logits are there after the last block of a forward pass was finished")
+        _ = self.source.model  # loads the head
         return held.logits(held.batches[batch])
 
     def _embed(self) -> Activations:
         """Run everything before block 0."""
-        model = self.source.model
+        model = self.source.trunk
         blocks = model.get_submodule(self.source.anatomy.blocks_path)
         forward = Forward(model, list(blocks.children()), self.source.device)
         held = Activations(forward, self.source.device, len(self.windows), self.windows.length)

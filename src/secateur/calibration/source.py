@@ -28,6 +28,7 @@ class BlockSource(Protocol):
         anatomy: what the model is made of.
         config: of the model.
         model: the model around the blocks, in eval mode, what is outside of them loaded on `device`.
+        trunk: the same where no logits are wanted yet: a head of its own may not be loaded.
         device, dtype: where and in what the model computes.
     """
 
@@ -37,6 +38,8 @@ class BlockSource(Protocol):
     def config(self) -> Any: ...
     @property
     def model(self) -> PreTrainedModel: ...
+    @property
+    def trunk(self) -> PreTrainedModel: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -65,17 +68,24 @@ class SkeletonSource(ABC):
         self._skeleton = build_skeleton(config, dtype)
         self.anatomy = resolve(config, self._skeleton)
         self._blocks: Any = self._skeleton.get_submodule(self.anatomy.blocks_path)
+        self._outer_parts: dict[bool, dict[str, Tensor]] = {}
         _move_real_buffers(self._skeleton, self.device)
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        load_tensors(self._skeleton, self.outer)
+    def trunk(self) -> PreTrainedModel:
+        load_tensors(self._skeleton, self.outer(head=False))
         return self._skeleton
 
     @cached_property
-    def outer(self) -> dict[str, Tensor]:
-        """What stands outside the blocks, on `device` and in `dtype`."""
-        return self._placed(self._outer_tensors(), "")
+    def model(self) -> PreTrainedModel:
+        load_tensors(self.trunk, self.outer(head=True))
+        return self._skeleton
+
+    def outer(self, *, head: bool) -> dict[str, Tensor]:
+        """A head that is not tied, or everything else outside the blocks, on `device` and in `dtype`."""
+        if head not in self._outer_parts:
+            self._outer_parts[head] = self._placed(self._outer_tensors(head), "")
+        return self._outer_parts[head]
 
     def open(self, index: int) -> nn.Module:
         """Block `index` with its parameters on `device`; nothing requires a gradient."""
@@ -91,8 +101,8 @@ class SkeletonSource(ABC):
         _return_free_memory()
 
     @abstractmethod
-    def _outer_tensors(self) -> dict[str, Tensor]:
-        """Everything outside the blocks by full name; tied parameters are one tensor."""
+    def _outer_tensors(self, head: bool) -> dict[str, Tensor]:
+        """What `outer` is made of, by full name; tied parameters are one tensor."""
 
     @abstractmethod
     def _block_tensors(self, index: int) -> dict[str, Tensor]:
@@ -155,10 +165,12 @@ class FolderSource(SkeletonSource):
             return self
         return FolderSource(self.checkpoint, device=self.device, dtype=dtype, read=self._read)
 
-    def _outer_tensors(self) -> dict[str, Tensor]:
+    def _outer_tensors(self, head: bool) -> dict[str, Tensor]:
         if self._outer_of is not None:
-            return self._outer_of.outer
-        return self.layout.assemble_outer(self.checkpoint.read(self.layout.outer_names()))
+            return self._outer_of.outer(head=head)
+        own = self.layout.head_names()
+        names = own if head else [name for name in self.layout.outer_names() if name not in own]
+        return self.layout.assemble_outer(self.checkpoint.read(names))
 
     def _block_tensors(self, index: int) -> dict[str, Tensor]:
         tensors = self._read(index) if self._read else None
@@ -196,7 +208,9 @@ class MemorySource(SkeletonSource):
     def in_dtype(self, dtype: torch.dtype) -> MemorySource:
         return self if dtype == self.dtype else MemorySource(self._whole, device=self.device, dtype=dtype)
 
-    def _outer_tensors(self) -> dict[str, Tensor]:
+    def _outer_tensors(self, head: bool) -> dict[str, Tensor]:
+        if head:  # weights that are in memory anyway come all at once
+            return {}
         tensors = self._whole.state_dict(keep_vars=True)
         return {name: tensors[name] for name in (*self.anatomy.outer, *self.anatomy.tied)}
 
