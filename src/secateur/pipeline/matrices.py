@@ -88,7 +88,7 @@ def _prune_matrix(
     gradient = gradients.get(matrix.name)
     problem = Problem(
         name=name,
-        weight=view.detach().to(torch.float32, copy=True).contiguous(),
+        weight=view.detach().float().contiguous(),  # a method does not change it: no copy where it is float32
         inputs=inputs,
         pattern=budget.pattern,
         sparsity=budget.of(opened.index, matrix.name),
@@ -97,6 +97,7 @@ def _prune_matrix(
         permutable=(space := permutable_space(matrix)) is not None,
     )
     solution = solve(method, problem)
+    loss = reconstruction_loss(problem.weight, solution.weight, inputs, rows=LOSS_ROWS)
     with torch.no_grad():
         view.copy_(solution.weight)
     if solution.permutation is not None and space is not None:
@@ -108,7 +109,7 @@ def _prune_matrix(
         columns=matrix.shape[1],
         sparsity_requested=problem.sparsity,
         sparsity=1 - int(solution.kept.sum()) / solution.kept.numel(),
-        loss=reconstruction_loss(problem.weight, solution.weight, inputs, rows=LOSS_ROWS),
+        loss=loss,
         seconds=time.perf_counter() - started,
         notes=solution.notes,
         fallbacks=solution.fallbacks,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.model import Anatomy
@@ -83,7 +85,8 @@ class Opened:
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model in memory, through the stock loader."""
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
         return model.to(device).eval()
 
     @property
@@ -94,6 +97,18 @@ class Opened:
             if isinstance(value, int) and value > 0:
                 return value
         return 2048
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Loading shows no bar of its own; what the caller had set comes back."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def open_model(name: str | Path) -> Opened:
