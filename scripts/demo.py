@@ -56,9 +56,8 @@ def prune_all(arguments: argparse.Namespace, console: Console) -> list[Report]:
 
 def table_of(reports: list[Report]) -> Table:
     """Before and after, a row a run."""
-    table = Table(
-        "method", "pattern", "sparsity", "perplexity", "KL", "top-1 agreement", "MB", "decode tokens/s"
-    )
+    heads = ("method", "pattern", "sparsity", "perplexity", "KL", "top-1", "MB", "decode/s")
+    table = Table(*heads, box=None, header_style="bold")
     first = reports[0]
     speed = first.decode_tokens_per_second_before
     table.add_row(
