@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from secateur.core.errors import OutputError, RecipeError, SecateurError
+from secateur.core.errors import OutputError, SecateurError
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import machine_facts, peak_memory_bytes
 from secateur.evaluation.quality import compare_quality, perplexity, protocol_of
@@ -117,7 +117,6 @@ def evaluate(
         if dense is None:
             result["perplexity"] = perplexity(source, data, batch_size=batch_size, progress=progress)
         else:
-            _require_same_vocabulary(opened, dense)
             before, after = compare_quality(
                 dense.source(chosen, precision), source, data, batch_size=batch_size, progress=progress
             )
@@ -139,16 +138,6 @@ def evaluate(
             batch_size=batch_size or 8,
         )
     return result
-
-
-def _require_same_vocabulary(opened: Any, dense: Any) -> None:
-    sizes = opened.config.vocab_size, dense.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise RecipeError(
-            f"{opened.name} has a vocabulary of {sizes[0]} and {dense.name} of {sizes[1]}",
-            "a model and its own dense original",
-            "give the folder that was pruned",
-        )
 
 
 def bench(
