@@ -2,12 +2,14 @@
 
     python scripts/train_seedling.py --text TRAIN.txt --valid VALID.txt --out FOLDER
 
+    torchrun --nproc-per-node 2 scripts/train_seedling.py ...      # a process a core, or a GPU
+
 A byte-level BPE tokenizer is trained on the same text first. The run keeps a checkpoint in
 `FOLDER/run` and goes on from it when started again, so it can be stopped at any time. The learning
-rate stays constant until the last fifth, which has checkpoints of its own: a run with fewer `--tokens`
-can be finished first and a longer one goes on from where its constant part ended. At the end the
-model is written to `FOLDER/seedling` in fp16, with a model card that states tokens, seed, date and
-validation perplexity.
+rate stays constant until the last fifth, which has checkpoints of its own and twice as long windows:
+a run with fewer `--tokens` can be finished first and a longer one goes on from where its constant part
+ended. At the end the model is written to `FOLDER/seedling` in fp16, with a model card that states
+tokens, seed, date and validation perplexity.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS = "<|endoftext|>"
-WINDOW = 256
+VOCABULARY = 2048
+SHORT_WINDOW, WINDOW = 128, 256
 WARMUP_STEPS = 200
 
 
@@ -36,25 +40,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--valid", type=Path, required=True, help="validation text")
     parser.add_argument("--out", type=Path, required=True, help="folder for the run and the result")
     parser.add_argument("--tokens", type=int, default=30_000_000, help="tokens to train on")
-    parser.add_argument("--batch", type=int, default=16, help="windows of 256 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch", type=int, default=4096, help="tokens a step, over all processes")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16 (where the hardware has it)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the forward pass")
     return parser.parse_args()
 
 
 def train_tokenizer(text: Path, folder: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 4,096 entries; every document starts with the one special token."""
+    """Byte-level BPE with 2,048 entries; every document starts with the one special token."""
     if not (folder / "tokenizer.json").exists():
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        bpe.train(
-            [str(text)], trainers.BpeTrainer(vocab_size=4096, special_tokens=[BOS], initial_alphabet=alphabet)
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
         )
+        bpe.train([str(text)], trainer)
         folder.mkdir(parents=True, exist_ok=True)
         bpe.save(str(folder / "tokenizer.json"))
     bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -73,9 +77,9 @@ def tokenise(text: Path, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 def build_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=512,
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -90,15 +94,14 @@ def build_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batch_at(stream: np.ndarray, step: int, batch: int, seed: int) -> torch.Tensor:
+def batch_at(stream: np.ndarray, step: int, tokens: int, window: int, seed: int) -> torch.Tensor:
     """Windows of step `step`: a fixed permutation an epoch, so that a resumed run sees the same data."""
-    windows = (len(stream) - 1) // WINDOW
-    steps_an_epoch = windows // batch
-    epoch, position = divmod(step, steps_an_epoch)
+    windows, batch = (len(stream) - 1) // window, tokens // window
+    epoch, position = divmod(step, windows // batch)
     generator = np.random.default_rng([seed, epoch])
-    offset = int(generator.integers(0, WINDOW))
+    offset = int(generator.integers(0, window))
     order = generator.permutation(windows - 1)[position * batch : (position + 1) * batch]
-    rows = [stream[offset + w * WINDOW : offset + (w + 1) * WINDOW] for w in order]
+    rows = [stream[offset + w * window : offset + (w + 1) * window] for w in order]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -112,6 +115,17 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 
 def decay_start(steps: int) -> int:
     return steps - steps // 5
+
+
+def share_gradients(model: LlamaForCausalLM) -> None:
+    """The mean of the gradients of all processes, in one message."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in model.parameters()]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
@@ -165,7 +179,7 @@ def write_result(
     model.to("cpu", torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     facts = {
-        "architecture": "Llama: hidden 256, 6 layers, 8 query and 4 KV heads, FFN 512, vocab 4096, tied",
+        "architecture": "Llama: hidden 128, 6 layers, 8 query and 4 KV heads, FFN 384, vocab 2048, tied",
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_tokens": tokens,
         "seed": arguments.seed,
@@ -196,33 +210,44 @@ for trying out pruning, not for reading.
 
 def main() -> None:
     arguments = parse_arguments()
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if arguments.device.startswith("cuda") else "gloo")
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = f"cuda:{rank}" if arguments.device == "cuda" and processes > 1 else arguments.device
     run = arguments.out / "run"
+    if rank == 0:
+        train_tokenizer(arguments.text, run)
+    if processes > 1:
+        dist.barrier()
     tokenizer = train_tokenizer(arguments.text, run)
     train, valid = (tokenise(path, tokenizer) for path in (arguments.text, arguments.valid))
-    device = arguments.device
     model = build_model(arguments.seed).to(device).train()
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.95), fused=True)
-    steps = arguments.tokens // (arguments.batch * WINDOW) + 1
+    steps = arguments.tokens // arguments.batch + 1
     step = load_checkpoint(run, steps, model, optimizer)
-    forward = torch.compile(model) if arguments.compile else model
     started, first = time.time(), step
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, arguments.learning_rate)
-        ids = batch_at(train, step, arguments.batch, arguments.seed).to(device)
+        window = SHORT_WINDOW if step < decay_start(steps) else WINDOW
+        ids = batch_at(train, step, arguments.batch, window, arguments.seed)
+        ids = ids.tensor_split(processes)[rank].to(device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=arguments.bf16):
-            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
+        share_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        if rank > 0:
+            continue
         if step % 20 == 0:
-            pace = (step - first) * arguments.batch * WINDOW / (time.time() - started)
-            left = (steps - step) * arguments.batch * WINDOW / pace
+            pace = (step - first) * arguments.batch / (time.time() - started)
+            left = (steps - step) * arguments.batch / pace
             print(
                 f"step {step}/{steps} loss {loss.item():.3f} {pace:,.0f} tokens/s, {left / 60:.0f} min left",
                 flush=True,
@@ -231,14 +256,12 @@ def main() -> None:
             save_checkpoint(checkpoint_path(run, step, steps), model, optimizer, step)
         if step % 1000 == 0:
             print(f"valid perplexity {perplexity(model, valid, device):.2f}", flush=True)
-    write_result(
-        arguments.out / "seedling",
-        model,
-        tokenizer,
-        arguments,
-        step * arguments.batch * WINDOW,
-        perplexity(model, valid, device),
-    )
+    if rank == 0:
+        folder = arguments.out / "seedling"
+        tokens = step * arguments.batch
+        write_result(folder, model, tokenizer, arguments, tokens, perplexity(model, valid, device))
+    if processes > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

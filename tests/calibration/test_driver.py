@@ -274,6 +274,20 @@ def test_the_last_block_need_not_run_where_nobody_reads_its_outputs() -> None:
         lean.logits(0)
 
 
+def test_embeddings_are_not_held_while_blocks_are_pruned(tmp_path: Path) -> None:
+    source = FolderSource(Checkpoint.open(save_tiny("llama", tmp_path)))
+    windows = Windows.of(torch.arange(24).view(2, 12))
+    embedding = source.trunk.get_submodule(source.anatomy.embedding)
+    for block in Driver(source, windows).blocks(outputs=False):
+        assert embedding.weight.is_meta
+        block.finish()
+    driver = Driver(source, windows)
+    for block in driver.blocks():
+        block.finish()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(driver.logits(0), stock(windows.ids).logits)
+
+
 def test_a_gradient_is_no_matter_of_a_forward() -> None:
     driver = Driver(MemorySource(tiny_model("llama")), windows_of())
     for block in driver.blocks():

@@ -75,6 +75,8 @@ class Driver:
         """
         self._held = None  # frees the activations of an earlier pass before those of this one are made
         self._held = self._embed() if forward else None
+        if not outputs:
+            self.source.release()
         blocks = self.source.anatomy.blocks
         for block in blocks:
             module = self.source.open(block.index)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from secateur.anatomy.model import Anatomy
 from secateur.checkpoint.durable import write_bytes
-from secateur.checkpoint.safetensors_file import read_header, read_tensors, save_tensors
+from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
+from secateur.checkpoint.safetensors_header import read_header
 from secateur.core.errors import ResumeError
 
 __all__ = ["GradientStore", "Norm"]

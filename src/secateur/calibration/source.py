@@ -17,6 +17,7 @@ from secateur.anatomy.model import Anatomy
 from secateur.anatomy.resolve import build_skeleton, resolve
 from secateur.anatomy.skeleton import load_tensors, unload_tensors
 from secateur.checkpoint.reader import Checkpoint
+from secateur.checkpoint.safetensors_file import torch_dtype
 
 __all__ = ["BlockSource", "FolderSource", "MemorySource"]
 
@@ -51,6 +52,9 @@ class BlockSource(Protocol):
     def store(self, index: int, module: nn.Module) -> None:
         """Take the block back, changed or not; its memory may be freed."""
 
+    def release(self) -> None:
+        """Free what stands outside the blocks; it is loaded again when next asked for."""
+
     def in_dtype(self, dtype: torch.dtype) -> BlockSource:
         """The same blocks, computing in another dtype."""
 
@@ -80,6 +84,15 @@ class SkeletonSource(ABC):
     def model(self) -> PreTrainedModel:
         load_tensors(self.trunk, self.outer(head=True))
         return self._skeleton
+
+    def release(self) -> None:
+        """Free what stands outside the blocks; it is loaded again when next asked for."""
+        for part in self._outer_parts.values():
+            load_tensors(self._skeleton, {name: tensor.to("meta") for name, tensor in part.items()})
+        self._outer_parts.clear()
+        for loaded in ("trunk", "model"):
+            vars(self).pop(loaded, None)
+        _return_free_memory()
 
     def outer(self, *, head: bool) -> dict[str, Tensor]:
         """A head that is not tied, or everything else outside the blocks, on `device` and in `dtype`."""
@@ -154,9 +167,9 @@ class FolderSource(SkeletonSource):
         outer_of: FolderSource | None = None,
     ) -> None:
         self.checkpoint, self._read, self._outer_of = checkpoint, read, outer_of
-        stored = next(info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point)
+        stored = next(info.dtype for info in checkpoint.tensors.values() if info.is_floating_point)
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        super().__init__(config, device, dtype or _default_dtype(torch.device(device), stored))
+        super().__init__(config, device, dtype or _default_dtype(torch.device(device), torch_dtype(stored)))
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         self.layout = FileLayout(self.anatomy, shapes)
 
@@ -164,6 +177,11 @@ class FolderSource(SkeletonSource):
         if dtype == self.dtype:
             return self
         return FolderSource(self.checkpoint, device=self.device, dtype=dtype, read=self._read)
+
+    def release(self) -> None:
+        super().release()
+        if self._outer_of is not None:
+            self._outer_of.release()
 
     def _outer_tensors(self, head: bool) -> dict[str, Tensor]:
         if self._outer_of is not None:
