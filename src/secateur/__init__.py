@@ -30,10 +30,12 @@ __all__ = [
     "prune",
 ]
 
-_HOMES = {
+_HOMES = {  # of all that needs less than `secateur.api`, which imports everything
     "InputError": "secateur.core.errors",
     "SecateurError": "secateur.core.errors",
     "Recipe": "secateur.recipe",
+    "inspect": "secateur.pipeline.inspect",
+    "methods": "secateur.pipeline.catalogue",
 }
 
 

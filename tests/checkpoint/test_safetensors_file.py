@@ -12,19 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from secateur.checkpoint.safetensors_file import (
-    CODES,
-    encode_header,
-    read_header,
-    read_tensors,
-    save_tensors,
-)
+from secateur.checkpoint.safetensors_file import read_tensors, save_tensors, torch_dtype
+from secateur.checkpoint.safetensors_header import ITEMSIZES, TensorInfo, encode_header, read_header
 from secateur.core.errors import CheckpointError
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 LAYOUTS = st.dictionaries(
     st.text(max_size=12).filter(lambda name: name != "__metadata__"),
-    st.tuples(st.sampled_from(sorted(CODES, key=str)), SHAPES),
+    st.tuples(st.sampled_from(sorted(ITEMSIZES)), SHAPES),
     max_size=6,
 )
 in_one_folder = settings(
@@ -32,10 +27,10 @@ in_one_folder = settings(
 )
 
 
-def _tensors(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+def _tensors(layout: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: (torch.randn(shape, generator=generator) * 3).abs().to(dtype)
+        name: (torch.randn(shape, generator=generator) * 3).abs().to(torch_dtype(dtype))
         for name, (dtype, shape) in layout.items()
     }
 
@@ -162,4 +157,12 @@ def test_a_file_cut_after_opening_is_an_error(tmp_path: Path):
 
 def test_header_ends_on_eight_bytes():
     for length in range(1, 20):
-        assert len(encode_header([("x" * length, torch.float32, (2,))], {"format": "pt"})) % 8 == 0
+        assert len(encode_header([("x" * length, "float32", (2,))], {"format": "pt"})) % 8 == 0
+
+
+@pytest.mark.parametrize("name", ITEMSIZES)
+def test_bytes_of_an_element(name: str):
+    assert torch_dtype(name).itemsize == ITEMSIZES[name]
+    assert str(torch_dtype(name)) == f"torch.{name}"
+    info = TensorInfo("w", name, (1,), "a", 0, ITEMSIZES[name])
+    assert info.is_floating_point == torch_dtype(name).is_floating_point

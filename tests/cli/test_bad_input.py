@@ -181,20 +181,34 @@ def larger_tokenizer(model: Path) -> None:
     path.write_text(json.dumps(values))
 
 
+FROM_HEADERS: list[tuple[Callable[[Path], None], list[str]]] = [
+    (remove_shard, ["model-00002"]),
+    (cut_shard, ["model-00002"]),
+    (empty_shard, ["model-00001"]),
+    (damage_header, ["model-00001"]),
+    (wrong_index, ["model.layers.0.nothing.weight"]),
+    (change_config(quantization_config={"quant_method": "gptq", "bits": 4}), ["quantis"]),
+    (change_config(model_type="nosuchmodel"), ["model type"]),
+    (change_config(hidden_size=128), ["shape"]),
+    (change_config(num_attention_heads=6), ["refused by transformers", "not a multiple"]),
+    (no_config, ["config.json"]),
+    (no_weights, ["safetensors"]),
+]
+
+
+@pytest.mark.parametrize(("damage", "fragments"), FROM_HEADERS)
+def test_inspect_refuses_as_prune_does(
+    damage: Callable[[Path], None], fragments: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(model)
+    refuse(["inspect", str(model)], capsys, *fragments)
+
+
 @pytest.mark.parametrize(
     ("damage", "fragments"),
     [
-        (remove_shard, ["model-00002"]),
-        (cut_shard, ["model-00002"]),
-        (empty_shard, ["model-00001"]),
-        (damage_header, ["model-00001"]),
-        (wrong_index, ["model.layers.0.nothing.weight"]),
+        *FROM_HEADERS,
         (nan_weight, ["up_proj.weight"]),
-        (change_config(quantization_config={"quant_method": "gptq", "bits": 4}), ["quantis"]),
-        (change_config(model_type="nosuchmodel"), ["model type"]),
-        (change_config(hidden_size=128), ["shape"]),
-        (no_config, ["config.json"]),
-        (no_weights, ["safetensors"]),
         (no_tokenizer, ["tokenizer"]),
         (larger_tokenizer, ["328", "320"]),
     ],
@@ -221,6 +235,7 @@ def test_encoder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     BertModel(config).save_pretrained(tmp_path / "bert")
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
     refuse(prune(tmp_path / "bert", tmp_path / "out", text, "--sparsity", "0.5"), capsys, "bert", "decoder")
+    refuse(["inspect", str(tmp_path / "bert")], capsys, "bert", "decoder")
     assert not (tmp_path / "out").exists()
 
 

@@ -35,6 +35,19 @@ from secateur.cli.app import run
 sys.exit(run(sys.argv[1:]))
 """
 
+PAUSE = """
+import sys
+import secateur.checkpoint.writer as w
+original = w.CheckpointWriter.write
+def pausing(self, *arguments):
+    original(self, *arguments)
+    print(flush=True)
+    sys.stdin.readline()
+w.CheckpointWriter.write = pausing
+from secateur.cli.app import run
+sys.exit(run(sys.argv[1:]))
+"""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,6 +102,26 @@ def test_killed_runs_end_in_the_same_bytes(model: Path, text: Path, tmp_path: Pa
     assert weights(out) == expected
     assert not (out / ".secateur").exists()
     assert os.listdir(out).count("report.json") == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_second_run_into_one_folder_is_refused(
+    more: list[str], model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(model, text, tmp_path / "alone")) == 0
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", PAUSE, *arguments(model, text, out)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes) as first:  # type: ignore[call-overload]
+        first.stdout.readline()
+        capsys.readouterr()
+        assert run(arguments(model, text, out, *more)) == 2
+        says = f"error: {out} is being written by process {first.pid}; expected one process a folder; "
+        assert capsys.readouterr().err.startswith(says)
+        first.communicate()
+    assert first.returncode == 0
+    assert weights(out) == weights(tmp_path / "alone")
+    assert not (out / ".secateur").exists()
 
 
 def interrupt(*_: object) -> None:

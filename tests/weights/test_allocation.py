@@ -13,9 +13,10 @@ from secateur.core.errors import RecipeError
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import InputStatistics
 from secateur.weights.allocation import ALLOCATIONS, Allocation
-from secateur.weights.allocation.alpha import AlphaPruning, tail_exponent
+from secateur.weights.allocation.alpha import AlphaPruning
 from secateur.weights.allocation.base import rescaled, shifted, weighted_mean
 from secateur.weights.allocation.owl import Owl
+from secateur.weights.allocation.spectrum import tail_exponent
 from secateur.weights.allocation.uniform import Uniform
 
 from .problems import draw

@@ -16,7 +16,7 @@ from math import prod
 from secateur.anatomy.model import Axis, Segment
 from secateur.core.errors import AnatomyError
 
-__all__ = ["evaluate", "parse_axis"]
+__all__ = ["evaluate", "parse_axis", "parse_expression"]
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -27,20 +27,23 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 
 def evaluate(expression: str, lookup: Callable[[str], int | None]) -> int | None:
     """The value of a size, or `None` when a name in it has none. Raises `AnatomyError` on other syntax."""
-    return _value(_tree(expression), lookup)
+    return _value(parse_expression(expression), lookup)
 
 
 def parse_axis(expression: str, spaces: Mapping[str, int], sizes: Mapping[str, int]) -> Axis:
     """The segments of an axis. Raises `AnatomyError` for a name that is in neither mapping."""
-    return Axis(tuple(_segment(term, spaces, sizes) for term in _flatten(_tree(expression), ast.Add)))
+    return Axis(
+        tuple(_segment(term, spaces, sizes) for term in _flatten(parse_expression(expression), ast.Add))
+    )
 
 
 @lru_cache(maxsize=1024)
-def _tree(expression: str) -> ast.expr:
+def parse_expression(expression: str) -> ast.expr:
+    """The syntax tree of an expression. Raises `AnatomyError` when there is none."""
     try:
         return ast.parse(expression, mode="eval").body
     except SyntaxError as error:
-        raise AnatomyError(f"size {expression!r}", "names, numbers, '+', '*' and '//'") from error
+        raise AnatomyError(f"expression {expression!r}", "names, numbers and operators") from error
 
 
 def _value(node: ast.expr, lookup: Callable[[str], int | None]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Literal, cast, get_args
 
@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from secateur.anatomy.model import SiteKind
 from secateur.core.errors import AnatomyError
 
-__all__ = ["Family", "MatrixEntry", "known_families", "load_family"]
+__all__ = ["Family", "MatrixEntry", "known_families", "listed", "load_family"]
 
 _FOLDER = resources.files("secateur.anatomy") / "families"
-_SECTIONS = ("spaces", "sizes", "matrices", "vectors", "files")
+_SECTIONS = ("spaces", "sizes", "matrices", "vectors", "files", "outer", "when", "aliases", "defaults")
+_NULL_IS_A_VALUE = "defaults"
 
 
 class _Entry(BaseModel):
@@ -50,6 +51,10 @@ class MatrixEntry(_Entry):
     def transposed(self) -> bool:
         return self.layout == "in_out"
 
+    def parameter(self, path: str) -> str:
+        """The parameter of a matrix at `path`, or of all its experts."""
+        return path if self.experts else f"{path}.weight"
+
     @property
     def kind(self) -> SiteKind:
         """How the input can be observed."""
@@ -67,15 +72,51 @@ class Family(_Entry):
         matrices: by module path inside the block. Their biases need no mention.
         vectors: all other parameters and persistent buffers of a block, with one axis expression a dimension.
         files: parameters that are stored under other names than in memory.
+
+    The rest is needed only to say from `config.json` alone, without the model, what the model is made of:
+
+    Attributes:
+        embedding, head: module paths.
+        outer: all parameters outside the blocks, as `vectors`, by full name.
+        when: patterns of parameter names -> the condition under which such a parameter is there (`index` is
+            the place of the block; `*` stands for one part of a name, or some of it). Biases of matrices
+            are there only where a pattern names them, all others unless one rules them out.
+        aliases: config keys -> other names of them.
+        defaults: of config keys that files may leave out, as in the configuration class.
+        assumes: conditions without which the model must be asked.
+        foreign: config keys whose presence makes another model of it.
     """
 
     blocks: str
     norm: str
+    embedding: str = ""
+    head: str = ""
     spaces: dict[str, str | list[str]]
     sizes: dict[str, str | list[str]] = {}
     matrices: dict[str, MatrixEntry]
     vectors: dict[str, str | list[str]]
     files: dict[str, list[str]] = {}
+    outer: dict[str, str | list[str]] = {}
+    when: dict[str, str | bool] = {}
+    aliases: dict[str, str] = {}
+    defaults: dict[str, Any] = {}
+    assumes: list[str] = []
+    foreign: list[str] = []
+
+    @cached_property
+    def parameters(self) -> dict[str, tuple[str, ...]]:
+        """Axis expressions of every parameter that a block may have, in the order of its dimensions."""
+        found: dict[str, tuple[str, ...]] = {}
+        for path, entry in self.matrices.items():
+            plane = (entry.columns, entry.rows) if entry.transposed else (entry.rows, entry.columns)
+            found[entry.parameter(path)] = (entry.experts, *plane) if entry.experts else plane
+        found.update({name: (self.matrices[path].rows,) for name, path in self.biases.items()})
+        return found | {name: tuple(listed(axes)) for name, axes in self.vectors.items()}
+
+    @cached_property
+    def biases(self) -> dict[str, str]:
+        """The bias that each matrix outside the experts may have -> its matrix."""
+        return {f"{path}.bias": path for path, entry in self.matrices.items() if not entry.experts}
 
 
 def known_families() -> tuple[str, ...]:
@@ -106,5 +147,11 @@ def _merged(name: str) -> dict[str, Any]:
     merged = {**_merged(parent), **{key: value for key, value in content.items() if key not in _SECTIONS}}
     for section in _SECTIONS:
         entries = {**merged.get(section, {}), **content.get(section, {})}
-        merged[section] = {key: value for key, value in entries.items() if value is not None}
+        kept = section == _NULL_IS_A_VALUE
+        merged[section] = {key: value for key, value in entries.items() if kept or value is not None}
     return merged
+
+
+def listed(value: str | list[str]) -> list[str]:
+    """Family files write a list of one without its brackets."""
+    return [value] if isinstance(value, str) else value

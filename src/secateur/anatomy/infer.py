@@ -14,8 +14,9 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from secateur.anatomy.look import blocks_of, look_at
 from secateur.anatomy.model import Anatomy, Axis, Block, Matrix, Segment, Shape, Site
-from secateur.anatomy.outline import Outline, outline
+from secateur.anatomy.outline import Outline
 from secateur.anatomy.refusal import no_family
 from secateur.anatomy.template import Template
 from secateur.anatomy.trace import Trace, trace
@@ -39,8 +40,8 @@ def infer(config: PretrainedConfig, model: PreTrainedModel) -> Anatomy:
             3-D parameters, matrices outside the blocks, or a model that does not run on the meta device.
     """
     path = _blocks_path(config, model)
-    seen = outline(model, path)
-    _check_causal(config, seen)
+    seen, blocks = look_at(model, path), blocks_of(model, path)
+    _check_causal(config, blocks)
     _check_outer(config, model, seen, path)
     ran = trace(config, path)
     return Anatomy(
@@ -48,13 +49,13 @@ def infer(config: PretrainedConfig, model: PreTrainedModel) -> Anatomy:
         model_type=config.model_type,
         blocks_path=path,
         base_prefix=seen.base_prefix,
-        blocks=tuple(_blocks(config, seen, ran, path)),
+        blocks=tuple(_blocks(config, blocks, seen, ran, path)),
         outer=seen.outer,
         embedding=seen.embedding,
         norm=ran.last_norm,
         head=seen.head,
         tied=seen.tied,
-        spaces={"layers": len(seen.blocks)},
+        spaces={"layers": len(blocks)},
         keys={"layers": config.attribute_map.get("num_hidden_layers", "num_hidden_layers")},
         inferred=True,
     )
@@ -74,11 +75,11 @@ def _blocks_path(config: PretrainedConfig, model: PreTrainedModel) -> str:
     return found[0]
 
 
-def _check_causal(config: PretrainedConfig, seen: Outline) -> None:
+def _check_causal(config: PretrainedConfig, blocks: list[nn.Module]) -> None:
     """Encoders can be loaded as causal language models too, and run without a word."""
     known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
     written = config.architectures or []
-    modules = (module for block in seen.blocks for module in block.modules())
+    modules = (module for block in blocks for module in block.modules())
     both_ways = next((module for module in modules if getattr(module, "is_causal", None) is False), None)
     if written and known not in written:
         why = f"its files are of a {written[0]}"
@@ -101,9 +102,11 @@ def _check_outer(config: PretrainedConfig, model: PreTrainedModel, seen: Outline
             raise no_family(config, f"{name} is a matrix outside its blocks", "none but the head")
 
 
-def _blocks(config: PretrainedConfig, seen: Outline, ran: Trace, path: str) -> Iterator[Block]:
+def _blocks(
+    config: PretrainedConfig, blocks: list[nn.Module], seen: Outline, ran: Trace, path: str
+) -> Iterator[Block]:
     made: dict[object, Template] = {}
-    for index, (module, shapes) in enumerate(zip(seen.blocks, seen.shapes, strict=True)):
+    for index, (module, shapes) in enumerate(zip(blocks, seen.shapes, strict=True)):
         sites = _sites(config, module, f"{path}.{index}", ran)
         alike = (frozenset(shapes.items()), frozenset(sites.items()))
         if alike not in made:

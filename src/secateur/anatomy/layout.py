@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from secateur.anatomy.model import Anatomy, Axis, Block, Shape
 from secateur.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["FileLayout"]
 
@@ -50,7 +51,7 @@ class _Stored:
         first = tensors[self.pieces[0].name]
         if self._whole:
             return first
-        parameter = torch.empty(self.shape, dtype=first.dtype, device=first.device)
+        parameter = first.new_empty(self.shape)
         for piece in self.pieces:
             tensor = tensors[piece.name]
             if tensor.dtype != first.dtype:
@@ -224,7 +225,7 @@ def _parts(rows: Axis, count: int) -> list[tuple[int, int] | None]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+    return one is other or (one.dtype == other.dtype and one.equal(other))
 
 
 def _names(parameters: Mapping[str, _Stored]) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from secateur.core.errors import AnatomyError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = ["REMEDY", "no_family", "one_line"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint.durable import copy_range, replacing, write_bytes
-from secateur.checkpoint.safetensors_file import TensorInfo, encode_header
+from secateur.checkpoint.safetensors_header import TensorInfo, encode_header
 from secateur.checkpoint.validation import INDEX, SINGLE
 
 __all__ = ["Placed", "copy_files", "merge_weights", "write_json"]
@@ -58,7 +58,7 @@ def _shards(tensors: list[Placed], shard_bytes: int) -> list[list[Placed]]:
         shards[-1].append(placed)
         filled += placed.info.nbytes
     # Wide dtypes first, as the safetensors package does: every tensor starts at a multiple of its item size.
-    return [sorted(shard, key=lambda placed: -placed.info.dtype.itemsize) for shard in shards]
+    return [sorted(shard, key=lambda placed: -placed.info.itemsize) for shard in shards]
 
 
 def _write_shard(path: Path, shard: list[Placed]) -> None:

@@ -2,89 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from secateur.checkpoint.locate import locate
-from secateur.checkpoint.safetensors_file import TensorInfo, read_header, read_tensors
-from secateur.checkpoint.validation import (
-    read_json,
-    refuse_quantised_config,
-    refuse_quantised_tensors,
-    require_finite,
-    shard_names,
-)
+from secateur.checkpoint.headers import Headers
+from secateur.checkpoint.safetensors_file import read_tensors
+from secateur.checkpoint.safetensors_header import TensorInfo
 from secateur.core.errors import CheckpointError
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
-SAMPLES, SAMPLE_BYTES = 256, 4096
-COMPANION = re.compile(
-    r"(generation_)?config\.json|.*token.*|(vocab|merges|spiece|tekken|chat_template).*"
-    r"|.*\.(model|tiktoken|spm|jinja)|.*processor.*\.json|(licen[cs]e|copying|notice|use_policy).*"
-)
-WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|npy|npz|ot|tflite)(\.index\.json|_data)?"
-)
+COUNT_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Headers):
     """The files of a model; weights stay on the disk until `read`.
-
-    Attributes:
-        folder: where the files are.
-        config: `config.json`.
-        tensors: what the shards hold, in the order of the bytes on the disk.
 
     >>> checkpoint = Checkpoint.open("seedling")  # doctest: +SKIP
     >>> checkpoint.read(["model.norm.weight"])  # doctest: +SKIP
     """
-
-    folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-
-    @classmethod
-    def open(cls, model: str | Path, *, revision: str | None = None) -> Checkpoint:
-        """Read and validate config, index and headers; no weight is touched.
-
-        Args:
-            model: folder, hub id or `"seedling"`.
-            revision: branch, tag or commit on the hub.
-
-        Raises:
-            CheckpointError: missing, damaged, cut short, at odds with the index, or quantised.
-        """
-        folder = locate(model, revision)
-        config = read_json(folder / "config.json", "a Hugging Face checkpoint folder with config.json")
-        refuse_quantised_config(folder, config)
-        tensors = _headers(folder, shard_names(folder))
-        refuse_quantised_tensors(folder, tensors.values())
-        return cls(folder, config, tensors)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors on disk."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all tensors on disk."""
-        return sum(tensor.numel for tensor in self.tensors.values())
-
-    @property
-    def shards(self) -> list[str]:
-        """File names of the weights."""
-        return list(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
     def read(self, names: Iterable[str], *, check_finite: bool = True) -> dict[str, Tensor]:
         """Tensors by name, in the dtype of the file, in the order asked for.
@@ -105,62 +47,21 @@ class Checkpoint:
             found.update(read_tensors(self.folder / file, infos))
         if check_finite:
             for name in wanted:
-                require_finite(self.folder / self.tensors[name].file, name, found[name])
+                _require_finite(self.folder / self.tensors[name].file, name, found[name])
         return {name: found[name] for name in wanted}
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the config and, of each shard, size, header and 256 pages spread over it.
 
-        A shard of up to 1 MiB is covered whole. Copies of a checkpoint agree; names of folders do not count.
-        """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in self.shards:
-            path = self.folder / shard
-            size = path.stat().st_size
-            digest.update(f"{shard} {size} ".encode())
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(length))
-                for sample in range(SAMPLES):
-                    file.seek(max(size - SAMPLE_BYTES, 0) * sample // (SAMPLES - 1))
-                    digest.update(file.read(SAMPLE_BYTES))
-        return digest.hexdigest()
-
-    def companions(self) -> list[Path]:
-        """Files that belong to the model beside its weights: config, tokenizer, chat template, licence.
-
-        Python files only when the config refers to them (`auto_map`); README.md describes the
-        original and stays behind.
-        """
-        files = [*self.folder.iterdir(), *self.folder.glob("additional_chat_templates/*.jinja")]
-        code = "auto_map" in self.config
-        return sorted(path for path in files if path.is_file() and _accompanies(path.name.lower(), code))
-
-
-def _headers(folder: Path, shards: dict[str, set[str]]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for shard, promised in shards.items():
-        try:
-            header = read_header(folder / shard)
-        except OSError as error:
-            raise CheckpointError(f"{folder / shard} cannot be read ({error.strerror})") from error
-        for name in sorted(promised - header.keys()):
-            raise CheckpointError(
-                f"the index of {folder} places tensor {name!r} in {shard}, which lacks it",
-                "an index that fits its shards",
-                "copy or download the checkpoint again",
-            )
-        for name in sorted(header.keys() & tensors.keys()):
-            raise CheckpointError(
-                f"tensor {name!r} lies in both {tensors[name].file} and {shard} of {folder}",
-                "every tensor once",
-                "remove the stale file",
-            )
-        tensors.update(header)
-    return tensors
-
-
-def _accompanies(name: str, code: bool) -> bool:
-    if name.endswith(".py"):
-        return code
-    return bool(COMPANION.fullmatch(name)) and not WEIGHTS.fullmatch(name)
+def _require_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raises `CheckpointError` naming the tensor and how many of its values are NaN or infinite."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    # One pass without temporaries, 20 times cheaper than isfinite().all(); NaN propagates into both ends.
+    if all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
+        return
+    pieces = torch.split(tensor.view(-1), COUNT_PIECE)
+    count = sum(int(piece.numel() - piece.isfinite().sum()) for piece in pieces)
+    raise CheckpointError(
+        f"tensor {name!r} of {path} has {count} NaN or infinite values of {tensor.numel()}",
+        "finite weights",
+        "copy the file again or take another checkpoint",
+    )

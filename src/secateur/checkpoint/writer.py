@@ -6,16 +6,19 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
 from secateur.checkpoint.durable import sync_folder, write_bytes
 from secateur.checkpoint.journal import Journal, plain
+from secateur.checkpoint.lock import Lock, require_unlocked
 from secateur.checkpoint.merge import Placed, copy_files, merge_weights, write_json
 from secateur.checkpoint.place import bytes_below, entries, require_disk, require_place
 from secateur.checkpoint.reader import Checkpoint
-from secateur.checkpoint.safetensors_file import read_header, read_tensors, save_tensors
+from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
+from secateur.checkpoint.safetensors_header import read_header
 from secateur.core.errors import OutputError
 
 __all__ = ["CheckpointWriter", "read_part"]
@@ -32,6 +35,9 @@ class CheckpointWriter:
     Killed at any moment and opened again with `resume`, it ends in the same bytes as without the kill,
     provided that the caller writes the same tensors.
 
+    It holds a lock on the folder until `finish`, `close` or the end of the process; as a context manager it
+    closes itself.
+
     Args:
         out: a folder that is empty or does not exist; its parents are made.
         source: the checkpoint whose tensor names, config and companions the output takes over.
@@ -40,12 +46,13 @@ class CheckpointWriter:
 
     Raises:
         OutputError: `out` is not empty, not writable, at or inside the source, holds an unfinished run
-            without `resume`, or the disk is too small. Nothing has been created then.
+            without `resume`, is being written by another process, or the disk is too small. Nothing has
+            been created then.
         ResumeError: the unfinished run has another fingerprint.
 
-    >>> writer = CheckpointWriter(out, source, {"sparsity": 0.5}, resume=True)  # doctest: +SKIP
-    >>> writer.write("block 0", tensors, {"loss": 0.1})  # doctest: +SKIP
-    >>> writer.finish()  # doctest: +SKIP
+    >>> with CheckpointWriter(out, source, {"sparsity": 0.5}, resume=True) as writer:  # doctest: +SKIP
+    ...     writer.write("block 0", tensors, {"loss": 0.1})
+    ...     writer.finish()
     """
 
     def __init__(
@@ -55,12 +62,16 @@ class CheckpointWriter:
         self._hidden = self.out / HIDDEN
         self._parts, self._final = self._hidden / PARTS, self._hidden / "final"
         require_place(self.out, source.folder)
-        self._journal = _find_journal(self.out, fingerprint, resume)
-        self._journal.require(fingerprint)
-        if not self.merged:
-            present_bytes = bytes_below(self._parts) + bytes_below(self._final)
-            require_disk(self.out, int(DISK_FACTOR * source.nbytes) - present_bytes)
-            self._begin()
+        require_unlocked(self._hidden)
+        self._find(fingerprint, resume)  # refuses before anything is created
+        self._lock = self._begin()
+        try:
+            self._journal = self._find(fingerprint, resume)  # as another process may just have left it
+            if not self.merged:
+                self._journal.save()
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def check(cls, out: Path, source: Checkpoint, *, resume: bool = False) -> None:
@@ -71,6 +82,7 @@ class CheckpointWriter:
         """
         out = Path(out).expanduser()
         require_place(out, source.folder)
+        require_unlocked(out / HIDDEN)
         if _find_journal(out, {}, resume).parts:
             return
         require_disk(out, int(DISK_FACTOR * source.nbytes))
@@ -146,16 +158,41 @@ class CheckpointWriter:
             self._journal.save()
         self._publish()
         self._tidy()
+        self.close()
 
-    def _begin(self) -> None:
+    def close(self) -> None:
+        """Let other processes write; without `finish` the run can be resumed."""
+        self._lock.close()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _find(self, fingerprint: dict[str, Any], resume: bool) -> Journal:
+        """The journal of this run, where nothing stands in the way; creates nothing."""
+        journal = _find_journal(self.out, fingerprint, resume)
+        journal.require(fingerprint)
+        if not journal.merged:
+            present_bytes = bytes_below(self._parts) + bytes_below(self._final)
+            require_disk(self.out, int(DISK_FACTOR * self.source.nbytes) - present_bytes)
+        return journal
+
+    def _begin(self) -> Lock:
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
             sync_folder(self.out)
+            return Lock(self._hidden)
         except OSError as error:
             raise OutputError(
                 f"{self.out} cannot be written ({error.strerror})", "", "choose another output folder"
             ) from error
-        self._journal.save()
 
     def _path(self, part: str) -> Path:
         number = list(self.parts).index(part) if part in self.parts else len(self.parts)

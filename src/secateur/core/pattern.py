@@ -8,9 +8,11 @@ from typing import Literal
 
 from secateur.core.errors import RecipeError, did_you_mean
 
-__all__ = ["Pattern"]
+__all__ = ["InputOrder", "Pattern"]
 
 Kind = Literal["unstructured", "row", "matrix", "global", "n:m"]
+InputOrder = Literal["none", "snake", "hungarian"]
+"""How the inputs of a matrix are put in order, so that an N:M pattern keeps more of the score."""
 WORDS = ("unstructured", "row", "matrix", "global")
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["InputStatistics", "Statistic"]
 
@@ -43,7 +43,7 @@ class InputStatistics:
         (one-shot-baselines, section 2.0)."""
         if self.second_moment is None:
             raise ValueError("the second moment was not observed")
-        return (self.second_moment / max(self.sequences, 1)).sqrt().to(torch.float32)
+        return (self.second_moment / max(self.sequences, 1)).sqrt().float()
 
     @property
     def never_reached(self) -> bool:

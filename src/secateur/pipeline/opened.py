@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from secateur.anatomy.config import longest_input, values_of
 from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.model import Anatomy
+from secateur.anatomy.refusal import one_line
 from secateur.anatomy.resolve import resolve
 from secateur.calibration.source import FolderSource
 from secateur.checkpoint.reader import Checkpoint
+from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.core.errors import CheckpointError, InputError
 
 __all__ = ["Opened", "choose_device", "choose_dtype", "open_model"]
@@ -66,7 +70,8 @@ class Opened:
     @property
     def stored_dtype(self) -> torch.dtype:
         """The floating dtype of the files."""
-        return next(info.dtype for info in self.checkpoint.tensors.values() if info.dtype.is_floating_point)
+        tensors = self.checkpoint.tensors.values()
+        return torch_dtype(next(info.dtype for info in tensors if info.is_floating_point))
 
     def source(
         self,
@@ -92,11 +97,7 @@ class Opened:
     @property
     def max_length(self) -> int:
         """The longest window the model accepts."""
-        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-            value = getattr(self.config, key, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        return 2048
+        return longest_input(values_of(self.config))
 
 
 @contextmanager
@@ -127,8 +128,14 @@ def open_model(name: str | Path) -> Opened:
             "a model type that the installed transformers knows",
             "upgrade transformers, or check model_type",
         ) from error
+    except StrictDataclassError as error:
+        raise CheckpointError(
+            f"config.json of {checkpoint.folder} is refused by transformers ({one_line(error)})",
+            "values that its configuration class accepts",
+            "copy or download it again",
+        ) from error
     anatomy = resolve(config)
-    layout = FileLayout(anatomy, {name: info.shape for name, info in checkpoint.tensors.items()})
+    layout = FileLayout(anatomy, checkpoint.shapes)
     return Opened(str(name), checkpoint, config, anatomy, layout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import secateur
 from secateur.calibration.distributed import Group, local_device
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
+from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.writer import CheckpointWriter, read_part
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
@@ -104,20 +106,21 @@ def prune_checkpoint(
     data = load_run_data(opened, recipe, progress, cache=scratch if resume else None)
     marks = fingerprint(recipe, opened, data)
     writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume) if first else None
-    if writer and writer.merged:
-        writer.finish()
-        return Report.load(out)
-    if writer:
-        save_cache(data, writer.workspace)
-    dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
-    run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer)
-    layers, blocks = _apply(run, scratch)
-    if writer is None:
-        return None
-    _copy_outer(run, writer)
-    report = _judge(run, writer, layers, blocks, marks, command, started)
-    writer.finish(extra=_files(report, opened))
-    return report
+    with writer or nullcontext():
+        if writer and writer.merged:
+            writer.finish()
+            return Report.load(out)
+        if writer:
+            save_cache(data, writer.workspace)
+        dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
+        run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer)
+        layers, blocks = _apply(run, scratch)
+        if writer is None:
+            return None
+        _copy_outer(run, writer)
+        report = _judge(run, writer, layers, blocks, marks, command, started)
+        writer.finish(extra=_files(report, opened))
+        return report
 
 
 def _judge(
@@ -214,7 +217,7 @@ def _store(run: Run, block: OpenBlock) -> Callable[[dict[str, Any]], None]:
     """Round the block to the dtypes of its file, so that what propagates is what is written."""
     checkpoint, layout = run.opened.checkpoint, run.opened.layout
     stored = {
-        name: tensor.detach().to("cpu", checkpoint.tensors[name].dtype)
+        name: tensor.detach().to("cpu", torch_dtype(checkpoint.tensors[name].dtype))
         for name, tensor in layout.disassemble(block.index, block.parameters).items()
     }
     with torch.no_grad():

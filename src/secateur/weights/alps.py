@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from secateur.core.method import Paper
-from secateur.core.numerics import exact_products
 from secateur.core.pattern import Pattern
-from secateur.core.selection import drop_count, select
 from secateur.core.statistics import Statistic
 from secateur.weights.base import Problem, Solution, WeightMethod, register
-from secateur.weights.least_squares import ScaledGram, scaled_gram, solve_on_support
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secateur.weights.least_squares import ScaledGram
 
 __all__ = ["Alps"]
 
@@ -50,6 +50,12 @@ class Alps(WeightMethod):
     pcg_steps: int = Field(10, ge=0, description="conjugate gradient steps on the final support")
 
     def prune(self, problem: Problem) -> Solution:
+        import torch
+
+        from secateur.core.numerics import exact_products
+        from secateur.core.selection import drop_count
+        from secateur.weights.least_squares import scaled_gram, solve_on_support
+
         weight, pattern = problem.weight, problem.pattern
         if pattern.kind != "n:m" and drop_count(weight.numel(), problem.sparsity) == 0:
             return Solution(weight.clone(), torch.ones_like(weight, dtype=torch.bool))
@@ -67,6 +73,8 @@ class Alps(WeightMethod):
         B minimises the quadratic with penalty rho, D is its projection, V the scaled disagreement;
         everything is (out, in), so that N:M groups lie along the last dimension.
         """
+        import torch
+
         product = target @ gram.matrix
         penalty = _Penalty(self.rho)
         inverse = gram.inverse(penalty.rho)
@@ -115,4 +123,6 @@ class _Penalty:
 
 
 def _project(values: Tensor, problem: Problem) -> Tensor:
+    from secateur.core.selection import select
+
     return select(values.abs(), problem.pattern, problem.sparsity, name=problem.name)

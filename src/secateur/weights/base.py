@@ -1,20 +1,24 @@
-"""A weight-pruning method: a score, a selection, and sometimes an update of what stays."""
+"""A weight-pruning method: a score, a selection, and sometimes an update of what stays.
+
+The catalogue imports every method. They import torch inside their functions, so that listing needs no torch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 from pydantic import AfterValidator
-from torch import Tensor
 
 from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.method import Method
 from secateur.core.pattern import Pattern
 from secateur.core.registry import Registry
-from secateur.core.selection import select
 from secateur.core.statistics import InputStatistics
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["METHODS", "OtherMethod", "Problem", "Solution", "WeightMethod", "input_norms", "register"]
 
@@ -97,6 +101,8 @@ class WeightMethod(Method):
 
     def prune(self, problem: Problem) -> Solution:
         """Drop the smallest scores of each comparison group."""
+        from secateur.core.selection import select
+
         scores = self.score(problem)
         return Solution.of(
             problem.weight, select(scores, problem.pattern, problem.sparsity, name=problem.name)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from secateur.core.method import Paper
 from secateur.core.statistics import InputStatistics, Statistic
 from secateur.weights.base import METHODS, OtherMethod, Problem, Solution, WeightMethod, input_norms, register
-from secateur.weights.swaps import InGroup, InRow, Queue, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secateur.weights.swaps import InGroup, InRow, Rows
 
 __all__ = ["Dsnot"]
 
@@ -49,6 +51,8 @@ class Dsnot(WeightMethod):
         return METHODS.get(self.base)().score(problem)
 
     def prune(self, problem: Problem) -> Solution:
+        from secateur.weights.swaps import InGroup, InRow, Rows
+
         start = METHODS.get(self.base)().prune(problem)
         mean, variance = _moments(problem.inputs)
         effect = problem.weight * mean
@@ -74,6 +78,10 @@ class Dsnot(WeightMethod):
         effect: with eps > 0 the first comes from side 0 and the second from side 1, with eps < 0 the
         other way round.
         """
+        import torch
+
+        from secateur.weights.swaps import Queue
+
         queue = Queue(-rows.appeal.abs(), ~rows.kept, rows.effect, self.cycles)
         row = torch.arange(len(rows.kept), device=rows.kept.device)
         first = eps = (rows.effect * ~rows.kept).sum(1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from secateur.core.method import Paper
 from secateur.core.statistics import Statistic
 from secateur.weights.base import Problem, Solution, WeightMethod, input_norms, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Gblm"]
 

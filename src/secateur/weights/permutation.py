@@ -7,21 +7,17 @@ between v and o within a head. Elsewhere the inputs feed several matrices, or a 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from secateur.core.pattern import Pattern
+from secateur.core.pattern import InputOrder, Pattern
 from secateur.core.selection import select_groups
 
-__all__ = ["Algorithm", "best_permutation", "refine", "retained", "snake"]
-
-Algorithm = Literal["none", "snake", "hungarian"]
+__all__ = ["best_permutation", "refine", "retained", "snake"]
 
 
-def best_permutation(scores: Tensor, pattern: Pattern, algorithm: Algorithm) -> Tensor:
+def best_permutation(scores: Tensor, pattern: Pattern, algorithm: InputOrder) -> Tensor:
     """(in,) int64 order of the inputs; never retains less than the stored order, which wins a draw.
 
     Args:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from secateur.weights.base import Problem, WeightMethod, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Random"]
 
@@ -19,6 +19,8 @@ class Random(WeightMethod):
     id: ClassVar[str] = "random"
 
     def score(self, problem: Problem) -> Tensor:
+        import torch
+
         shape, device = problem.weight.shape, problem.weight.device
         # drawn on the generator's device, so that a seed means the same masks on any machine
         source = problem.generator.device if problem.generator is not None else device

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from secateur.core.method import Paper
-from secateur.core.pattern import Pattern
-from secateur.core.selection import select_groups
+from secateur.core.pattern import InputOrder, Pattern
 from secateur.core.statistics import Statistic
 from secateur.weights.base import Problem, Solution, WeightMethod, input_norms, register
-from secateur.weights.permutation import Algorithm, best_permutation
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Ria"]
 
@@ -34,7 +34,7 @@ class Ria(WeightMethod):
     default_pattern: ClassVar[Pattern] = Pattern("matrix")
 
     a: float = Field(0.5, ge=0, description="exponent of the input norm")
-    permutation: Algorithm = Field("none", description="order of the inputs for N:M, where it can be folded")
+    permutation: InputOrder = Field("none", description="order of the inputs for N:M, where it can be folded")
 
     def score(self, problem: Problem) -> Tensor:
         magnitude = problem.weight.abs()
@@ -55,6 +55,9 @@ class Ria(WeightMethod):
         return self._prune_permuted(problem)
 
     def _prune_permuted(self, problem: Problem) -> Solution:
+        from secateur.core.selection import select_groups
+        from secateur.weights.permutation import best_permutation
+
         scores = self.score(problem)
         order = best_permutation(scores, problem.pattern, self.permutation)
         kept = select_groups(scores[:, order], problem.pattern)[:, order.argsort()]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from secateur.core.method import Paper
 from secateur.core.pattern import Pattern
-from secateur.core.selection import drop_count, drop_smallest, select_groups
 from secateur.core.statistics import Statistic
 from secateur.weights.base import METHODS, OtherMethod, Problem, Solution, WeightMethod, register
-from secateur.weights.obs import Choose, hessian_factor, sweep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secateur.weights.obs import Choose
 
 __all__ = ["SparseGPT", "hessian_fallbacks"]
 
@@ -48,10 +50,14 @@ class SparseGPT(WeightMethod):
 
     def score(self, problem: Problem) -> Tensor:
         """W^2 / U_jj^2 before any update, for a choice across matrices."""
+        from secateur.weights.obs import hessian_factor
+
         factor, _ = hessian_factor(problem.inputs, self.damping)
         return (problem.weight * factor.diagonal()).square()
 
     def prune(self, problem: Problem) -> Solution:
+        from secateur.weights.obs import hessian_factor, sweep
+
         chosen = METHODS.get(self.mask)().prune(problem) if self.mask else None
         factor, damping = hessian_factor(problem.inputs, self.damping)
         widths, level = self._spans(problem.pattern)
@@ -93,6 +99,8 @@ def hessian_fallbacks(problem: Problem, asked: float, used: float) -> list[str]:
 
 def _chooser(problem: Problem, kept: Tensor | None) -> Choose:
     """How the weights of some columns are chosen, given (out, width) scores."""
+    from secateur.core.selection import drop_count, drop_smallest, select_groups
+
     pattern, rows = problem.pattern, problem.weight.shape[0]
     if kept is not None:
         return lambda scores, span: kept[:, span]

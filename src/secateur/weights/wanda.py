@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from secateur.core.method import Paper
 from secateur.core.statistics import Statistic
 from secateur.weights.base import Problem, WeightMethod, input_norms, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Wanda"]
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from secateur.core.errors import RecipeError
 from secateur.core.method import Method
 from secateur.core.pattern import Pattern
 from secateur.core.registry import Registry
 from secateur.core.statistics import InputStatistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "ALLOCATIONS",
@@ -30,7 +31,7 @@ ALLOCATIONS: Registry[type[Allocation]] = Registry(
     {name: f"secateur.weights.allocation.{name}" for name in ("uniform", "owl", "alpha")},
 )
 
-NamedMatrix = tuple[str, Tensor, InputStatistics | None]
+NamedMatrix: TypeAlias = "tuple[str, Tensor, InputStatistics | None]"
 """Name, weight (out, in) float32, and what was observed of its input."""
 Measured = dict[str, Any]
 """What `measure` says of one block: numbers that fit into JSON."""

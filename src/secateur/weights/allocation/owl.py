@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from secateur.core.method import Paper
 from secateur.core.statistics import InputStatistics, Statistic
@@ -17,6 +15,9 @@ from secateur.weights.allocation.base import (
     register,
     shifted,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Owl"]
 
@@ -45,6 +46,8 @@ class Owl(Allocation):
 
     def measure(self, block_index: int, matrices: list[NamedMatrix]) -> Measured:
         """`outliers`: percent of the block's scores above M times their mean."""
+        import torch
+
         scores = [_scores(weight, inputs) for _, weight, inputs in matrices]
         count = sum(score.numel() for score in scores)
         bar = self.M * sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
