@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.calibration.source import MemorySource
 from secateur.calibration.windows import Windows, load_windows
+from secateur.core.errors import RecipeError
+from secateur.core.method import METHODS, methods_of
 from secateur.evaluation.quality import perplexity
 from secateur.pipeline.prune_memory import prune_with_windows
 from secateur.recipe import Recipe
-from secateur.weights.base import METHODS
 
 BUDGETS = (("unstructured", 0.5), ("unstructured", 0.6), ("unstructured", 0.7), ("2:4", 0.5), ("4:8", 0.5))
 
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--test-windows", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default=",".join(METHODS.names()))
+    parser.add_argument("--methods", default=",".join(methods_of("weights")))
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -102,7 +103,13 @@ def main() -> None:
     found: dict[tuple[str, str, float, str], list[float]] = {}
     for key in cells(arguments):
         method, pattern, sparsity, source = key
-        found[key] = [bench.run(method, pattern, sparsity, source, seed) for seed in range(arguments.seeds)]
+        try:
+            found[key] = [
+                bench.run(method, pattern, sparsity, source, seed) for seed in range(arguments.seeds)
+            ]
+        except RecipeError as error:  # an N:M that does not divide: an empty cell
+            print(error, flush=True)
+            continue
         print(json.dumps({"cell": key, "perplexity": found[key]}), flush=True)
     heads = ["method", "calibration", *(f"{p} {s:.0%}" if p == "unstructured" else p for p, s in BUDGETS)]
     rows = []
@@ -113,7 +120,8 @@ def main() -> None:
     notes = (
         f"Perplexity of {Path(bench.folder).name}, dense {dense:.3f}, on {len(bench.test)} windows of "
         f"{arguments.length} tokens of {arguments.test.name}; calibration {arguments.samples} windows of the "
-        f"same length; mean over {arguments.seeds} seeds, in brackets half the range. Default options."
+        f"same length; mean over {arguments.seeds} seeds, in brackets half the range. Default options. "
+        "A dash: the pattern does not divide the widths of this model."
     )
     write_table(f"Quality on {Path(bench.folder).name}", heads, rows, notes=notes, out=arguments.out)
 

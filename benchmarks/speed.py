@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from secateur.calibration.windows import Windows
+from secateur.core.method import METHODS
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import InputStatistics
 from secateur.pipeline.prune_memory import prune_with_windows
 from secateur.recipe import Recipe
 from secateur.report.model import Layer
-from secateur.weights.base import METHODS, Problem
+from secateur.weights.base import Problem
 
 WINDOWS, LENGTH = 16, 1024
 SPARSITY = 0.5

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
 from secateur.anatomy.resolve import resolve
+from secateur.core.method import METHODS, methods_of
 from secateur.core.pattern import Pattern
 from secateur.core.selection import check_pattern, drop_count
 from secateur.report.model import Report
-from secateur.weights.base import METHODS
 
 IDS = torch.arange(5, 29).view(2, 12)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,7 +62,7 @@ def cases() -> list[Case]:
     """Every method with every family; dtype and pattern alternate so that each meets each."""
     found = []
     for f, family in enumerate((*FAMILIES, *UNLISTED)):
-        for m, method in enumerate(METHODS.names()):
+        for m, method in enumerate(methods_of("weights")):
             pattern = "2:4" if (f + m) % 2 else "unstructured"
             found.append(Case(family, method, pattern, DTYPES[(f + m) % len(DTYPES)]))
     return found

@@ -12,7 +12,8 @@ from secateur.cli.app import run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(sh|python|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"# (\S+\.yaml)\n")
 NOT_OURS = ("make", "pip", "python", "git", "cd", "torchrun")
 
 
@@ -35,6 +36,10 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for language, block in examples(page):
         if language == "python":
             exec(compile(block, str(page), "exec"), {"__name__": page.stem})
+            continue
+        if language == "yaml":
+            if named := NAMED.match(block):
+                (tmp_path / named[1]).write_text(block, encoding="utf-8")
             continue
         for words in commands(block):
             if words[0] == "secateur":

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from secateur.loading import register_when_needed
+
 if TYPE_CHECKING:
     from secateur.api import bench, compare, evaluate, inspect, methods, plan, prune
     from secateur.core.errors import InputError, SecateurError
@@ -37,6 +39,9 @@ _HOMES = {  # of all that needs less than `secateur.api`, which imports everythi
     "inspect": "secateur.pipeline.inspect",
     "methods": "secateur.pipeline.catalogue",
 }
+
+
+register_when_needed()
 
 
 def __getattr__(name: str) -> Any:

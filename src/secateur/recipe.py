@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateur.core.errors import InputError, RecipeError, did_you_mean
+from secateur.core.method import METHODS
 from secateur.core.pattern import Pattern
 
 __all__ = ["Calibration", "Recipe", "read_recipe"]
@@ -110,11 +111,18 @@ class Recipe(BaseModel):
             RecipeError: the first thing that does not exist or does not fit, with a suggestion.
         """
         from secateur.weights.allocation import ALLOCATIONS
-        from secateur.weights.base import METHODS
 
         _ = self.resolved_sparsity
-        METHODS.get(self.method).from_options(self.options)
+        method = METHODS.get(self.method)
+        method.from_options(self.options)
         ALLOCATIONS.get(self.allocation).from_options(self.allocation_options)
+        for key in ("pattern", "allocation"):
+            if method.family != "weights" and getattr(self, key) != Recipe.model_fields[key].default:
+                raise RecipeError(
+                    f"{key} {getattr(self, key)} with method {self.method!r}, which removes {method.removes}",
+                    f"a method of single weights, or no {key}",
+                    f"leave --{key} out",
+                )
         if self.parsed_pattern.kind == "global" and self.allocation != "uniform":
             raise RecipeError(
                 f"pattern global with allocation {self.allocation!r}",
@@ -143,13 +151,29 @@ def _keys(model: type[BaseModel]) -> list[str]:
     return [*model.model_fields, *nested]
 
 
-def read_recipe(path: Path, **overrides: Any) -> Recipe:
-    """A recipe from a YAML file; keys given on the command line win over those in the file.
+def read_recipe(path: Path, **overrides: Any) -> list[Recipe]:
+    """The stages of a YAML file, one where it has no `stages`; what the command line says wins everywhere.
 
     Raises:
         InputError: file missing or not YAML.
         RecipeError: an unknown or wrong key.
     """
+    values = _read_yaml(path)
+    stages = values.pop("stages", [{}])
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise RecipeError(
+            f"stages in {path}", "a list with the settings of each stage", "see docs/recipes.md"
+        )
+    shared = ("model", "device", "dtype") if len(stages) > 1 else ()
+    own = [key for stage in stages for key in shared if key in stage]
+    if own:
+        raise RecipeError(
+            f"{own[0]} in a stage of {path}", "one for all stages", f"write {own[0]} above the stages"
+        )
+    return [parse(Recipe, _merged(_merged(values, stage), overrides), str(path)) for stage in stages]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,5 +186,13 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
         raise RecipeError(
             f"recipe {path} holds a {type(values).__name__}", "keys and values, such as 'method: wanda'"
         )
-    recipe: Recipe = parse(Recipe, {**values, **overrides}, str(path))
-    return recipe
+    return values
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, the settings of calibration one by one."""
+    merged = {**values, **changes}
+    both = values.get("calibration"), changes.get("calibration")
+    if all(isinstance(part, dict) for part in both):
+        merged["calibration"] = {**both[0], **both[1]}  # type: ignore[dict-item]
+    return merged

@@ -26,14 +26,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-FINISH: dict[str, Any] = {
-    "config_updates": {"pruned": True},
-    "extra": {"report.json": "{}", "b.bin": b"\0"},
-    "shard_bytes": 300,
-}
+ASSEMBLY: dict[str, Any] = {"config_updates": {"pruned": True}, "shard_bytes": 300}
+EXTRA: dict[str, str | bytes] = {"report.json": "{}", "b.bin": b"\0"}
 
 
-def run(out: Path, source: Path, **finish: Any) -> None:
+def run(out: Path, source: Path, extra: dict[str, str | bytes] = EXTRA, **assembly: Any) -> None:
     """A small pruning run: each part depends on the one before as it is read from the disk."""
     if (out / "config.json").is_file() and not (out / ".secateur").exists():
         return
@@ -41,7 +38,8 @@ def run(out: Path, source: Path, **finish: Any) -> None:
     writer = CheckpointWriter(out, checkpoint, {"model": checkpoint.fingerprint()}, resume=True)
     if not writer.merged:
         compute(writer, checkpoint)
-    writer.finish(**{**FINISH, **finish})
+        writer.assemble(**{**ASSEMBLY, **assembly})
+    writer.finish(extra=extra)
 
 
 def compute(writer: CheckpointWriter, checkpoint: Checkpoint) -> None:

@@ -24,14 +24,17 @@ from .samples import INDEX, MakeCheckpoint, digests, in_child, small_tensors, wa
 NOBODY = 65534
 
 
-def copy_through(source: Path, out: Path, *, parts: int = 3, **finish: Any) -> Checkpoint:
+def copy_through(
+    source: Path, out: Path, *, parts: int = 3, extra: Any = None, **assembly: Any
+) -> Checkpoint:
     """Write a checkpoint's own tensors in several parts."""
     checkpoint = Checkpoint.open(source)
     writer = CheckpointWriter(out, checkpoint, {})
     names = list(checkpoint.tensors)
     for part in range(parts):
         writer.write(f"part {part}", checkpoint.read(names[part::parts]), {})
-    writer.finish(**finish)
+    writer.assemble(**assembly)
+    writer.finish(extra=extra)
     return Checkpoint.open(out)
 
 

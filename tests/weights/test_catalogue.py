@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from secateur.core.errors import RecipeError
+from secateur.core.method import METHODS, methods_of
 from secateur.core.pattern import Pattern
 from secateur.core.selection import check_pattern, drop_count
 from secateur.core.statistics import InputStatistics
-from secateur.weights.base import METHODS, Problem, Solution
+from secateur.weights.base import Problem, Solution
 
 from .problems import make_problem
 
@@ -25,7 +26,7 @@ def pruned(method: str, pattern: str, sparsity: float = 0.6, **changes: object) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", methods_of("weights"))
 def test_contract(method: str, pattern: str, dtype: torch.dtype) -> None:
     weight = make_problem(24, 64, seed=5).weight.to(dtype).float()
     problem, solution = pruned(method, pattern, weight=weight)
@@ -47,7 +48,7 @@ def test_contract(method: str, pattern: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["row", "2:4"])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", methods_of("weights"))
 def test_the_same_problem_has_the_same_solution(method: str, pattern: str) -> None:
     first, second = pruned(method, pattern)[1], pruned(method, pattern)[1]
     assert torch.equal(first.kept, second.kept)
@@ -55,14 +56,14 @@ def test_the_same_problem_has_the_same_solution(method: str, pattern: str) -> No
 
 
 @pytest.mark.parametrize("pattern", ["row", "matrix"])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", methods_of("weights"))
 def test_nothing_to_remove_changes_nothing(method: str, pattern: str) -> None:
     problem, solution = pruned(method, pattern, sparsity=0.0)
     assert torch.equal(solution.weight, problem.weight)
     assert solution.kept.all()
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", methods_of("weights"))
 def test_facts_for_the_catalogue(method: str) -> None:
     entry = METHODS.get(method)
     assert entry.id == method
@@ -76,7 +77,7 @@ def test_facts_for_the_catalogue(method: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["row", "2:4"])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", methods_of("weights"))
 def test_the_statistics_it_names_are_enough(method: str, pattern: str) -> None:
     problem = make_problem(8, 16, pattern=pattern)
     named = METHODS.get(method)().statistics
@@ -94,7 +95,7 @@ def test_the_statistics_it_names_are_enough(method: str, pattern: str) -> None:
     assert METHODS.get(method)().prune(problem).kept.float().mean() == 0.5
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", methods_of("weights"))
 def test_inputs_that_were_always_zero_do_not_decide_by_position(method: str) -> None:
     """Their weights compete among each other by magnitude; nothing becomes undefined."""
     inputs = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
@@ -128,6 +129,10 @@ def test_scores_serve_a_choice_across_matrices(method: str) -> None:
 
 
 def test_unstructured_means_the_published_group() -> None:
-    groups = {name: str(Pattern("unstructured").resolve(entry.default_pattern)) for name, entry in METHODS}
+    groups = {
+        name: str(Pattern("unstructured").resolve(entry.default_pattern))
+        for name in methods_of("weights")
+        if (entry := METHODS.get(name))
+    }
     assert groups["wanda"] == groups["gblm"] == groups["dsnot"] == "row"
     assert groups["magnitude"] == groups["ria"] == groups["sparsegpt"] == groups["alps"] == "matrix"

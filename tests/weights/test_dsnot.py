@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.weights.base import METHODS, Problem
+from secateur.core.method import METHODS
+from secateur.weights.base import Problem
 from secateur.weights.dsnot import Dsnot
 from secateur.weights.wanda import Wanda
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from secateur.core.method import METHODS
 from secateur.core.pattern import Pattern
 from secateur.core.selection import select
 from secateur.core.statistics import InputStatistics
-from secateur.weights.base import METHODS
 from secateur.weights.gblm import Gblm
 from secateur.weights.magnitude import Magnitude
 from secateur.weights.random import Random

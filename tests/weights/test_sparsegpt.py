@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import NumericsError
+from secateur.core.method import METHODS
 from secateur.core.selection import drop_count
-from secateur.weights.base import METHODS
 from secateur.weights.obs import hessian_factor
 from secateur.weights.sparsegpt import SparseGPT
 from secateur.weights.wanda import Wanda

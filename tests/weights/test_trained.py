@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from secateur.core.errors import RecipeError
+from secateur.core.method import METHODS
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import InputStatistics
 from secateur.weights.allocation import ALLOCATIONS
 from secateur.weights.allocation.base import weighted_mean
-from secateur.weights.base import METHODS, Problem
+from secateur.weights.base import Problem
 from secateur.weights.losses import reconstruction_loss
 
 from .problems import observe

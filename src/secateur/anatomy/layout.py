@@ -80,13 +80,13 @@ class FileLayout:
 
     Args:
         anatomy: of the model.
-        tensors: shape of every tensor on disk.
+        tensors: shape of every tensor on disk, None for those yet to be written.
 
     Raises:
         CheckpointError: a parameter without a tensor, or of another shape than its tensor.
     """
 
-    def __init__(self, anatomy: Anatomy, tensors: Mapping[str, Shape]) -> None:
+    def __init__(self, anatomy: Anatomy, tensors: Mapping[str, Shape | None]) -> None:
         self._anatomy, self._tensors = anatomy, tensors
         self._blocks = [self._block(block) for block in anatomy.blocks]
         self._outer = self._outer_parameters()
@@ -206,10 +206,10 @@ class FileLayout:
 
     def _check(self, parameter: str, stored: _Stored) -> _Stored:
         for piece in stored.pieces:
-            seen = tuple(self._tensors[piece.name])
-            if seen != piece.shape:
+            seen = self._tensors[piece.name]
+            if seen is not None and tuple(seen) != piece.shape:
                 raise CheckpointError(
-                    f"{piece.name} has shape {seen} on disk",
+                    f"{piece.name} has shape {tuple(seen)} on disk",
                     f"{piece.shape} for {parameter}",
                     "the config does not belong to these files",
                 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from secateur.anatomy.model import Axis, Block, Matrix
+from secateur.anatomy.cut import entries
+from secateur.anatomy.model import Block, Matrix
 
 __all__ = ["permutable_space", "permute"]
 
@@ -35,17 +35,7 @@ def permute(block: Block, parameters: Mapping[str, Tensor], space: str, order: T
     """
     for name, axes in block.axes.items():
         for dimension, axis in enumerate(axes):
-            if any(segment.space == space for segment in axis.segments):
+            positions = entries(axis, {space: order.cpu()})
+            if positions is not None:
                 tensor = parameters[name].detach()
-                tensor.copy_(tensor.index_select(dimension, _positions(axis, space, order).to(tensor.device)))
-
-
-def _positions(axis: Axis, space: str, order: Tensor) -> Tensor:
-    """Where each entry of the axis comes from: units of `space` move together, the rest stays."""
-    parts: list[Tensor] = []
-    start = 0
-    for segment in axis.segments:
-        own = torch.arange(segment.size).view(segment.count, segment.unit)
-        parts.append(start + (own[order.cpu()] if segment.space == space else own).flatten())
-        start += segment.size
-    return torch.cat(parts)
+                tensor.copy_(tensor.index_select(dimension, positions.to(tensor.device)))

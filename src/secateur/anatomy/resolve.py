@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.anatomy.config import values_of
 from secateur.anatomy.family import load_family
@@ -12,8 +16,9 @@ from secateur.anatomy.model import Anatomy
 from secateur.anatomy.resolver import assemble
 from secateur.anatomy.sizes import Sizes
 from secateur.anatomy.skeleton import build_meta, build_skeleton, check_decoder
+from secateur.loading.modeling_secateur import BlockConfig
 
-__all__ = ["build_skeleton", "resolve"]
+__all__ = ["build_skeleton", "resolve", "resolve_config"]
 
 
 def resolve(config: PretrainedConfig, skeleton: PreTrainedModel | None = None) -> Anatomy:
@@ -28,8 +33,18 @@ def resolve(config: PretrainedConfig, skeleton: PreTrainedModel | None = None) -
     """
     check_decoder(config)
     model = skeleton if skeleton is not None else build_meta(config)
-    family = load_family(config.model_type)
+    kind = getattr(config, "base_model_type", config.model_type)
+    family = load_family(kind)
     if family is None:
         return infer(config, model)
-    sizes = Sizes.of(family, config.model_type, values_of(config))
-    return assemble(family, sizes, look_at(model, family.blocks))
+    sizes = Sizes.of(family, kind, values_of(config))
+    own = {
+        int(index): Sizes.of(family, kind, values_of(BlockConfig(config, changed)))
+        for index, changed in getattr(config, "block_sizes", {}).items()
+    }
+    return assemble(family, sizes, look_at(model, family.blocks), own)
+
+
+def resolve_config(config: Mapping[str, Any]) -> Anatomy:
+    """`resolve` for the content of a config.json."""
+    return resolve(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from secateur.anatomy.family import Family, MatrixEntry, listed
 from secateur.anatomy.model import Anatomy, Axis, Block, Matrix, Shape, Site
@@ -15,13 +16,18 @@ from secateur.core.errors import AnatomyError
 __all__ = ["assemble"]
 
 
-def assemble(family: Family, sizes: Sizes, outline: Outline) -> Anatomy:
+def assemble(
+    family: Family, sizes: Sizes, outline: Outline, block_sizes: Mapping[int, Sizes] | None = None
+) -> Anatomy:
     """The anatomy of the model of this outline.
+
+    Args:
+        block_sizes: of blocks that differ from `sizes`.
 
     Raises:
         AnatomyError: a parameter of a block that the family file does not declare, or declares otherwise.
     """
-    resolver = _Resolver(family, sizes, outline)
+    resolver = _Resolver(family, sizes, outline, block_sizes or {})
     has_norm = any(name.startswith(family.norm + ".") for name in outline.outer)
     return Anatomy(
         family=sizes.model_type,
@@ -41,8 +47,10 @@ def assemble(family: Family, sizes: Sizes, outline: Outline) -> Anatomy:
 
 
 class _Resolver:
-    def __init__(self, family: Family, sizes: Sizes, outline: Outline) -> None:
-        self.family, self.sizes, self.outline = family, sizes, outline
+    def __init__(
+        self, family: Family, sizes: Sizes, outline: Outline, block_sizes: Mapping[int, Sizes]
+    ) -> None:
+        self.family, self.sizes, self.outline, self.block_sizes = family, sizes, outline, block_sizes
         self.templates: dict[frozenset[tuple[str, Shape]], Template] = {}
 
     def block(self, index: int) -> Block:
@@ -51,12 +59,21 @@ class _Resolver:
         entries = {path: entry for path, entry in declared if entry.parameter(path) in shapes}
         alike = frozenset(shapes.items())
         if alike not in self.templates:
-            self.templates[alike] = self._template(entries, shapes)
+            own = self.block_sizes.get(index, self.sizes)
+            self.templates[alike] = _Blueprint(self.family, own).template(entries, shapes)
         for path, entry in entries.items():
             _check_layout(path, entry, transposed)
         return self.templates[alike].block(self.family.blocks, index)
 
-    def _template(self, entries: Mapping[str, MatrixEntry], shapes: dict[str, Shape]) -> Template:
+
+@dataclass(frozen=True)
+class _Blueprint:
+    """What the family file says about a block of these sizes."""
+
+    family: Family
+    sizes: Sizes
+
+    def template(self, entries: Mapping[str, MatrixEntry], shapes: dict[str, Shape]) -> Template:
         axes = self._axes(shapes)
         self._verify(shapes, axes)
         sites: dict[str, Site] = {}

@@ -60,7 +60,7 @@ class CheckpointWriter:
     ) -> None:
         self.out, self.source = Path(out).expanduser(), source
         self._hidden = self.out / HIDDEN
-        self._parts, self._final = self._hidden / PARTS, self._hidden / "final"
+        self._parts, self._final, self._assembled = self._hidden / PARTS, self._hidden / "final", False
         require_place(self.out, source.folder)
         require_unlocked(self._hidden)
         self._find(fingerprint, resume)  # refuses before anything is created
@@ -131,29 +131,50 @@ class CheckpointWriter:
         self._journal.notes[key] = plain(value)
         self._journal.save()
 
-    def finish(
-        self,
-        *,
-        config_updates: dict[str, Any] | None = None,
-        extra: dict[str, str | bytes] | None = None,
-        shard_bytes: int = 5_000_000_000,
-    ) -> None:
-        """Merge the parts, add config and companions, move all into place, remove the workspace.
+    def assemble(
+        self, *, config_updates: dict[str, Any] | None = None, shard_bytes: int = 5_000_000_000
+    ) -> Path:
+        """Merge the parts and add config and companions: a checkpoint to look at before it is published.
 
         Tensors lie in the source's order: an unchanged checkpoint of one file comes out byte for byte.
-        Killed inside, the same call after a resume ends the work.
+        Called again it begins anew.
 
         Args:
             config_updates: top-level keys of the source's config to replace or add.
-            extra: further files by name, such as `report.json`.
             shard_bytes: a file of weights is closed before it grows beyond this.
+
+        Returns:
+            The folder that `finish` will publish.
 
         Raises:
             ValueError: a tensor of the source was never written, or one was written in two parts.
             OutputError: the disk is full.
         """
+        if self._final.exists():
+            shutil.rmtree(self._final)
+        self._final.mkdir()
+        merge_weights(self._final, self._placed(), shard_bytes)
+        copy_files(self.source.companions(), self.source.folder, self._final)
+        write_json(self._final / CONFIG, {**self.source.config, **(config_updates or {})})
+        self._assembled = True
+        return self._final
+
+    def finish(self, *, extra: dict[str, str | bytes] | None = None) -> None:
+        """Publish what `assemble` made (called here if it was not), and remove the workspace.
+
+        Killed inside, the same call after a resume ends the work.
+
+        Args:
+            extra: further files by name, such as `report.json`.
+
+        Raises:
+            ValueError, OutputError: as `assemble`.
+        """
         if not self.merged:
-            self._merge(config_updates or {}, extra or {}, shard_bytes)
+            if not self._assembled:
+                self.assemble()
+            for name, content in (extra or {}).items():
+                write_bytes(self._final / name, content.encode() if isinstance(content, str) else content)
             self._journal.merged = True
             self._journal.save()
         self._publish()
@@ -197,16 +218,6 @@ class CheckpointWriter:
     def _path(self, part: str) -> Path:
         number = list(self.parts).index(part) if part in self.parts else len(self.parts)
         return self._parts / part_file(number)
-
-    def _merge(self, config_updates: dict[str, Any], extra: dict[str, str | bytes], shard_bytes: int) -> None:
-        if self._final.exists():
-            shutil.rmtree(self._final)
-        self._final.mkdir()
-        merge_weights(self._final, self._placed(), shard_bytes)
-        copy_files(self.source.companions(), self.source.folder, self._final)
-        write_json(self._final / CONFIG, {**self.source.config, **config_updates})
-        for name, content in extra.items():
-            write_bytes(self._final / name, content.encode() if isinstance(content, str) else content)
 
     def _placed(self) -> list[Placed]:
         """Where each tensor lies, in the source's order; those the source lacks come last."""

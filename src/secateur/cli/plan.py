@@ -19,7 +19,7 @@ from secateur.cli.common import (
     print_json,
     show,
 )
-from secateur.cli.prune import AllocationName, MethodName, ModelArgument, PatternText, Sparsity, build_recipe
+from secateur.cli.prune import AllocationName, MethodName, ModelArgument, PatternText, Sparsity, build_recipes
 
 
 def plan(
@@ -47,15 +47,15 @@ def plan(
         "options": parse_options(option), "allocation_options": parse_options(allocation_option),
         "calibration": {"samples": samples, "length": length}, "device": device, "dtype": dtype,
     }  # fmt: skip
-    parsed = build_recipe(given, recipe)
+    recipes = build_recipes(given, recipe)
 
     import secateur
 
-    settings = parsed.model_dump()
-    facts = secateur.plan(settings.pop("model"), **settings)
+    stages = [secateur.plan(**parsed.model_dump()) for parsed in recipes]
     if json:
-        print_json(facts)
+        print_json(stages[0] if len(stages) == 1 else {"stages": stages})
         return
     from secateur.cli.render import planned
 
-    show(*planned(facts))
+    for facts in stages:
+        show(*planned(facts))

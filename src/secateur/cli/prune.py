@@ -61,7 +61,7 @@ def prune(
     measure_speed: Annotated[bool, Parameter(help="measure prefill and decode before and after")] = True,
     resume: Annotated[bool, Parameter(negative=(), help="go on where a killed run stopped")] = False,
     recipe: Annotated[
-        Path | None, Parameter(help="a YAML file with these settings; options given here win")
+        Path | None, Parameter(help="a YAML file with these settings, and stages; options given here win")
     ] = None,
     json: AsJson = False,
 ) -> None:
@@ -79,13 +79,13 @@ def prune(
         "text": text, "evaluation_windows": evaluation_windows, "seed": seed, "device": device,
         "dtype": dtype, "measure_speed": measure_speed,
     }  # fmt: skip
-    parsed = build_recipe(given, recipe)
+    recipes = build_recipes(given, recipe)
 
     from secateur.cli.progress import progress_for
-    from secateur.pipeline.prune import prune_checkpoint
+    from secateur.pipeline.chain import prune_chain
 
     command = shlex.join(["secateur", *sys.argv[1:]])
-    report = prune_checkpoint(parsed, out, resume=resume, command=command, progress=progress_for(json))  # type: ignore[arg-type]
+    report = prune_chain(recipes, out, resume=resume, command=command, progress=progress_for(json))  # type: ignore[arg-type]
     if report is None:  # another process of the same torchrun speaks
         return
     if json:
@@ -96,8 +96,8 @@ def prune(
     show(before_after(report), f"written: {out}  (report.html, report.json)")
 
 
-def build_recipe(given: dict[str, Any], file: Path | None) -> Any:
-    """A recipe from the command line, or from a file with what the command line changes in it."""
+def build_recipes(given: dict[str, Any], file: Path | None) -> Any:
+    """The one stage of the command line, or those of a file with what the command line changes in them."""
     from secateur.recipe import Recipe, parse, read_recipe
 
     if file is not None:
@@ -108,7 +108,7 @@ def build_recipe(given: dict[str, Any], file: Path | None) -> Any:
     ):
         if not given[key]:
             raise RecipeError(f"no {key}", f"a {key}", remedy)
-    return parse(Recipe, given, "the command line")
+    return [parse(Recipe, given, "the command line")]
 
 
 def _changed(given: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def planned(facts: Mapping[str, Any]) -> list[Any]:
     rows = [
         ("method", f"{facts['method']}, pattern {facts['pattern']}, allocation {facts['allocation']}"),
         ("sparsity", f"{percent(facts['sparsity'])} of {count(facts['parameters_prunable'])} prunable"),
+        ("parameters after", count(facts["parameters_after"])),
         ("zeros after", count(facts["zeros_after"])),
         ("bytes", f"{size(facts['bytes_before'])} before, {size(facts['bytes_after'])} after"),
         ("peak memory", f"about {size(facts['peak_memory_bytes'])} ({fits}: {free} free)"),

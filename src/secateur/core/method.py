@@ -8,9 +8,16 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from secateur.core.errors import RecipeError, did_you_mean
+from secateur.core.registry import Registry
 from secateur.core.statistics import Statistic
 
-__all__ = ["Method", "Paper"]
+__all__ = ["METHODS", "Method", "Paper", "methods_of"]
+
+ROOMS = {
+    "weights": ("random", "magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "gblm"),
+    "structure": ("random-structure", "magnitude-structure", "wanda-structure", "flap", "osscar"),
+}
+"""The methods that come with secateur; each is a file of its room."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +79,16 @@ class Method(BaseModel):
             raise RecipeError(
                 f"option {name}={first['input']!r} of {cls.id!r}", first["msg"].lower()
             ) from error
+
+
+METHODS: Registry[type[Method]] = Registry(
+    "method",
+    "secateur.methods",
+    {name: f"secateur.{room}.{name.replace('-', '_')}" for room, names in ROOMS.items() for name in names},
+)
+"""The catalogue of all families; packages add theirs by the entry point group `secateur.methods`."""
+
+
+def methods_of(family: str) -> list[str]:
+    """The names of all methods of one family, sorted."""
+    return [name for name, method in METHODS if method.family == family]

@@ -19,14 +19,14 @@ from secateur.core.selection import global_counts
 from secateur.pipeline.matrices import Budget, generator_for, statistics_of
 from secateur.recipe import Recipe
 from secateur.weights.allocation import ALLOCATIONS
-from secateur.weights.base import METHODS, Problem, WeightMethod
+from secateur.weights.base import Problem, WeightMethod, weight_method
 
 __all__ = ["check_pattern_fits", "method_of", "plan_budget", "uniform_budget"]
 
 
 def method_of(recipe: Recipe) -> WeightMethod:
     """The method of the recipe with its options. Raises `RecipeError`."""
-    return METHODS.get(recipe.method).from_options(recipe.options)  # type: ignore[no-any-return]
+    return weight_method(recipe.method, recipe.options)
 
 
 def check_pattern_fits(anatomy: Anatomy, method: WeightMethod, pattern: Pattern) -> None:

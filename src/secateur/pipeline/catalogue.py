@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from secateur.core.errors import RecipeError, did_you_mean
-from secateur.core.method import Method
+from secateur.core.method import METHODS, Method
 from secateur.weights.allocation import ALLOCATIONS
-from secateur.weights.base import METHODS
 
 __all__ = ["methods"]
 

@@ -17,7 +17,7 @@ from secateur.core.errors import NumericsError
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import InputStatistics
 from secateur.report.model import Layer
-from secateur.weights.base import METHODS, Problem, Solution, WeightMethod
+from secateur.weights.base import Problem, Solution, WeightMethod, weight_method
 from secateur.weights.losses import reconstruction_loss
 
 LOSS_ROWS = 256
@@ -123,7 +123,7 @@ def solve(method: WeightMethod, problem: Problem) -> Solution:
         NumericsError: with the name of the matrix.
     """
     if method.statistics - {"gradient"} and problem.inputs.never_reached:
-        solution = METHODS.get("magnitude")().prune(problem)
+        solution = weight_method("magnitude").prune(problem)
         reason = "no calibration token" if problem.inputs.tokens == 0 else "only zeros"
         solution.fallbacks.append(f"{reason} reached this input: pruned by magnitude")
         return solution

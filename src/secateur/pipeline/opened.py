@@ -88,6 +88,10 @@ class Opened:
         self._first_sources.setdefault((device, dtype), source)
         return source
 
+    def share_outer(self, other: Opened) -> None:
+        """Use the embeddings, norm and head that `other` has in memory: those of the two are equal."""
+        self._first_sources = other._first_sources
+
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model in memory, through the stock loader."""
         with _no_bars():

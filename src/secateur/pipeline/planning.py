@@ -11,9 +11,10 @@ import torch
 
 from secateur.anatomy.model import Anatomy, Block
 from secateur.calibration.driver import BATCH_TOKENS
+from secateur.core.method import METHODS, Method
 from secateur.core.numerics import exact_products
 from secateur.evaluation.memory import available_memory_bytes
-from secateur.pipeline.budget import check_pattern_fits, method_of
+from secateur.pipeline.budget import check_pattern_fits
 from secateur.pipeline.data import window_length
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.recipe import Recipe, parse
@@ -56,37 +57,64 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
     recipe: Recipe = parse(Recipe, {"model": str(model), **settings}, "the settings")
     recipe = recipe.validated()
     opened = open_model(recipe.model)
-    method = method_of(recipe)
-    check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
-    sparsity = recipe.resolved_sparsity
+    method: Method = METHODS.get(recipe.method).from_options(recipe.options)
     expected = estimate(opened, recipe, method)
-    prunable = opened.anatomy.prunable_parameters
     return {
         "model": recipe.model,
         "method": recipe.method,
         "pattern": recipe.pattern,
         "allocation": recipe.allocation,
-        "sparsity": sparsity,
+        "sparsity": recipe.resolved_sparsity,
         "parameters_before": opened.checkpoint.parameters,
-        "parameters_prunable": prunable,
-        "zeros_after": int(prunable * sparsity),
         "bytes_before": opened.checkpoint.nbytes,
-        "bytes_after": opened.checkpoint.nbytes,
+        **_outcome(opened, recipe, method),
         "peak_memory_bytes": expected.peak_memory_bytes,
         "available_memory_bytes": available_memory_bytes(),
         "seconds": round(expected.seconds, 1),
         "disk_bytes": expected.disk_bytes,
-        "faster": False,
-        "effect": effect(recipe.pattern, sparsity, removes=method.removes),
+    }
+
+
+def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
+    """What the result will be: of zeros in dense files, or of matrices that are smaller."""
+    anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
+    before, nbytes = opened.checkpoint.parameters, opened.checkpoint.nbytes
+    if isinstance(method, WeightMethod):
+        check_pattern_fits(anatomy, method, recipe.parsed_pattern)
+        return {
+            "parameters_prunable": anatomy.prunable_parameters,
+            "zeros_after": int(anatomy.prunable_parameters * sparsity),
+            "parameters_after": before,
+            "bytes_after": nbytes,
+            "faster": False,
+            "effect": effect(recipe.pattern, sparsity, removes=method.removes),
+            "loads_in": {
+                "transformers": "yes: same class and configuration, dense files",
+                "vllm": "yes, as the dense model (it runs no sparse weights)",
+                "gguf": "through llama.cpp's converter, as the dense model",
+            },
+        }
+    freed = int(anatomy.block_parameters * sparsity)
+    after = nbytes - round(nbytes * freed / before)
+    return {
+        "parameters_prunable": anatomy.block_parameters,
+        "zeros_after": 0,
+        "parameters_after": before - freed,
+        "bytes_after": after,
+        "faster": True,
+        "effect": effect(
+            recipe.pattern, sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=after
+        ),
         "loads_in": {
-            "transformers": "yes: same class and configuration, dense files",
-            "vllm": "yes, as the dense model (it runs no sparse weights)",
-            "gguf": "through llama.cpp's converter, as the dense model",
+            "transformers": "yes: as it is where all blocks come out alike, else after `import secateur` or "
+            "with trust_remote_code=True",
+            "vllm": "where all blocks come out alike",
+            "gguf": "where all blocks come out alike",
         },
     }
 
 
-def estimate(opened: Opened, recipe: Recipe, method: WeightMethod) -> Estimate:
+def estimate(opened: Opened, recipe: Recipe, method: Method) -> Estimate:
     """Peak memory and time from the shapes, and from one short matrix product timed on this machine."""
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
@@ -103,7 +131,7 @@ def estimate(opened: Opened, recipe: Recipe, method: WeightMethod) -> Estimate:
 
 
 def _memory(
-    opened: Opened, method: WeightMethod, itemsize: int, tokens: int, kept_tokens: int, batch_tokens: int
+    opened: Opened, method: Method, itemsize: int, tokens: int, kept_tokens: int, batch_tokens: int
 ) -> int:
     anatomy = opened.anatomy
     outer = (anatomy.parameters - anatomy.block_parameters) * itemsize
@@ -116,7 +144,7 @@ def _memory(
     return INTERPRETER_BYTES + outer + block + activations + max(working, _solver_bytes(largest, method))
 
 
-def _solver_bytes(block: Block, method: WeightMethod) -> int:
+def _solver_bytes(block: Block, method: Method) -> int:
     matrix = max((m.shape[0] * m.shape[1] for m in block.matrices), default=0)
     if "hessian" not in method.statistics:
         return matrix * 4 * 5
@@ -124,7 +152,7 @@ def _solver_bytes(block: Block, method: WeightMethod) -> int:
     return sum(width * width for width in widths) * 8 + max(widths) ** 2 * 12 + matrix * 4 * 4
 
 
-def _operations(anatomy: Anatomy, method: WeightMethod, tokens: int, evaluation_tokens: int) -> float:
+def _operations(anatomy: Anatomy, method: Method, tokens: int, evaluation_tokens: int) -> float:
     """Floating-point operations of the whole run."""
     forward = 2.0 * anatomy.prunable_parameters
     total = forward * 2 * evaluation_tokens

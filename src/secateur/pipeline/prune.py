@@ -3,68 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import secateur
+from secateur.anatomy.resized import is_stock
 from secateur.calibration.distributed import Group, local_device
-from secateur.calibration.driver import Driver, OpenBlock
-from secateur.calibration.gradients import GradientStore
-from secateur.checkpoint.safetensors_file import torch_dtype
-from secateur.checkpoint.writer import CheckpointWriter, read_part
+from secateur.checkpoint.writer import CheckpointWriter
+from secateur.core.method import METHODS, Method
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
-from secateur.pipeline.blocks import gradients_for, prune_blocks
-from secateur.pipeline.budget import (
-    budget_as_json,
-    budget_from_json,
-    check_pattern_fits,
-    method_of,
-    plan_budget,
-    uniform_budget,
-)
+from secateur.loading import REMOTE_CODE
+from secateur.pipeline.budget import check_pattern_fits
 from secateur.pipeline.data import RunData, load_run_data, save_cache
-from secateur.pipeline.matrices import Budget
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.record import Sizes, build_report
+from secateur.pipeline.state import Outcome, Run
+from secateur.pipeline.structure_run import prune_structure
 from secateur.pipeline.verify import verify
+from secateur.pipeline.weights_run import prune_weights
 from secateur.recipe import Recipe
 from secateur.report.card import model_card
 from secateur.report.html import render
-from secateur.report.model import Block, Layer, Report
+from secateur.report.model import Report, Stage
+from secateur.structure.base import StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["prune_checkpoint"]
-
-
-@dataclass
-class Run:
-    """What one pruning run carries from step to step; `writer` is None on all processes but the first."""
-
-    recipe: Recipe
-    out: Path
-    opened: Opened
-    method: WeightMethod
-    data: RunData
-    device: torch.device
-    dtype: torch.dtype
-    progress: Progress
-    group: Group | None
-    writer: CheckpointWriter | None
-
-    def driver(self, read: Callable[[int], dict[str, Tensor] | None] | None = None) -> Driver:
-        """A fresh pass over the blocks; `read(i)` supplies blocks that are already pruned."""
-        windows = self.data.calibration
-        if self.group:
-            windows = windows.shard(self.group.rank, self.group.world)
-        source = self.opened.source(self.device, self.dtype, read=read)
-        return Driver(source, windows, batch_size=self.recipe.calibration.batch_size, group=self.group)
 
 
 def prune_checkpoint(
@@ -74,6 +43,8 @@ def prune_checkpoint(
     resume: bool = False,
     command: str = "",
     progress: Progress = SILENT,
+    dense: Opened | None = None,
+    stages: Sequence[Stage] = (),
 ) -> Report | None:
     """Prune a checkpoint folder into `out` and report what it cost.
 
@@ -84,6 +55,8 @@ def prune_checkpoint(
         out: folder that does not exist, is empty, or holds an unfinished run (with `resume`).
         resume: go on where a killed run of the very same recipe stopped.
         command: the command line, for the report.
+        dense: what the result is compared with and text is sampled from; by default the model of the recipe.
+        stages: what was done to that model before.
 
     Returns:
         The report; None on every process but the first of a `torchrun`.
@@ -95,15 +68,17 @@ def prune_checkpoint(
     started = time.perf_counter()
     recipe = recipe.validated()
     opened = open_model(recipe.model)
-    method = method_of(recipe)
-    check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
+    dense = dense or opened
+    method: Method = METHODS.get(recipe.method).from_options(recipe.options)
+    if isinstance(method, WeightMethod):
+        check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
     device = local_device(choose_device(recipe.device))
     group = Group.from_environment(device)
     first = group is None or group.rank == 0
     if first:
         CheckpointWriter.check(out, opened.checkpoint, resume=resume)
-    scratch = out / ".secateur" / "scratch"
-    data = load_run_data(opened, recipe, progress, cache=scratch if resume else None)
+    cache = out / ".secateur" / "scratch"
+    data = load_run_data(dense, recipe, progress, cache=cache if resume else None)
     marks = fingerprint(recipe, opened, data)
     writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume) if first else None
     with writer or nullcontext():
@@ -114,42 +89,43 @@ def prune_checkpoint(
             save_cache(data, writer.workspace)
         dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
         run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer)
-        layers, blocks = _apply(run, scratch)
+        outcome = _prune_blocks(run, method)
         if writer is None:
             return None
         _copy_outer(run, writer)
-        report = _judge(run, writer, layers, blocks, marks, command, started)
-        writer.finish(extra=_files(report, opened))
+        pruned = open_model(writer.assemble(config_updates=outcome.config_updates))
+        pruned.share_outer(dense)
+        report = _judge(run, (dense, pruned), outcome, marks, command, started)
+        report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
+        writer.finish(extra={**outcome.files, **_files(report, opened, outcome)})
         return report
+
+
+def _prune_blocks(run: Run, method: Method) -> Outcome:
+    """Write all blocks, by the way of the method's family."""
+    if isinstance(method, WeightMethod):
+        return prune_weights(run, method)
+    if isinstance(method, StructureMethod):
+        return prune_structure(run, method)
+    raise TypeError(f"no way to run methods of family {method.family!r}")
 
 
 def _judge(
     run: Run,
-    writer: CheckpointWriter,
-    layers: list[Layer],
-    blocks: list[Block],
+    models: tuple[Opened, Opened],
+    outcome: Outcome,
     marks: dict[str, Any],
     command: str,
     started: float,
 ) -> Report:
     """Quality and speed before and after, put down with everything else that is known of the run."""
-    verdict = verify(
-        run.opened,
-        lambda index: writer.read(part_name(index)),
-        run.recipe,
-        run.data,
-        run.device,
-        run.dtype,
-        run.progress,
-    )
-    checkpoint = run.opened.checkpoint
+    verdict = verify(*models, run.recipe, run.data, run.device, run.dtype, run.progress)
     return build_report(
-        run.recipe,
+        run.recipe.model_copy(update={"model": models[0].name}),
         run.method,
         family=run.opened.anatomy.family,
-        sizes=Sizes.unchanged(checkpoint.parameters, checkpoint.nbytes, layers),
-        layers=layers,
-        blocks=blocks,
+        sizes=Sizes.of(models[0].checkpoint, models[1].checkpoint, outcome.zeros),
+        outcome=outcome,
         verdict=verdict,
         calibration=run.data.calibration,
         fingerprint=marks,
@@ -159,12 +135,16 @@ def _judge(
     )
 
 
-def _files(report: Report, opened: Opened) -> dict[str, str | bytes]:
-    return {
+def _files(report: Report, opened: Opened, outcome: Outcome) -> dict[str, str | bytes]:
+    """What lies beside the weights; models of blocks that differ bring their loading code along."""
+    files: dict[str, str | bytes] = {
         "report.json": report.model_dump_json(indent=2) + "\n",
         "report.html": render(report),
         "README.md": model_card(report, opened.folder),
     }
+    if not is_stock({**opened.checkpoint.config, **outcome.config_updates}):
+        files[REMOTE_CODE] = (Path(secateur.__file__).parent / "loading" / REMOTE_CODE).read_bytes()
+    return files
 
 
 def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]:
@@ -178,82 +158,8 @@ def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]
     return flat
 
 
-def _apply(run: Run, scratch: Path) -> tuple[list[Layer], list[Block]]:
-    """Prune block by block, each written before the next is opened; finished ones are only replayed."""
-    done = _finished(run)
-    dense = run.driver()
-    gradients = gradients_for(run.method, dense, scratch, run.progress, run.group)
-    budget = _budget(run, dense, gradients, scratch)
-    return prune_blocks(
-        run.driver(read=_reader(run, set(done))),
-        run.method,
-        budget,
-        gradients,
-        run.recipe.seed,
-        run.progress,
-        finished=done,
-        store=lambda block: _store(run, block),
-    )
-
-
-def _finished(run: Run) -> dict[int, dict[str, Any]]:
-    parts = dict(run.writer.parts) if run.writer else {}
-    if run.group:
-        parts = run.group.broadcast(parts)
-    indices = range(len(run.opened.anatomy.blocks))
-    return {index: parts[part_name(index)] for index in indices if part_name(index) in parts}
-
-
-def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | None]:
-    """Reads a block from the part that an earlier run wrote; None for blocks still to be pruned."""
-
-    def read(index: int) -> dict[str, Tensor] | None:
-        return read_part(run.out, part_name(index)) if index in done else None
-
-    return read
-
-
-def _store(run: Run, block: OpenBlock) -> Callable[[dict[str, Any]], None]:
-    """Round the block to the dtypes of its file, so that what propagates is what is written."""
-    checkpoint, layout = run.opened.checkpoint, run.opened.layout
-    stored = {
-        name: tensor.detach().to("cpu", torch_dtype(checkpoint.tensors[name].dtype))
-        for name, tensor in layout.disassemble(block.index, block.parameters).items()
-    }
-    with torch.no_grad():
-        for name, tensor in layout.assemble(block.index, stored).items():
-            block.parameters[name].copy_(tensor)
-
-    def keep(record: dict[str, Any]) -> None:
-        if run.writer:
-            run.writer.write(part_name(block.index), stored, record)
-
-    return keep
-
-
 def _copy_outer(run: Run, writer: CheckpointWriter) -> None:
     """Embeddings, norm, head and whatever belongs to no module go over unchanged."""
     names = [*run.opened.layout.outer_names(), *run.opened.layout.untouched]
     if "outer" not in writer.parts:
         writer.write("outer", run.opened.checkpoint.read(names), {})
-
-
-def _budget(run: Run, dense: Driver, gradients: GradientStore | None, scratch: Path) -> Budget:
-    """The budget of the journal, or a new one, which the journal then keeps."""
-    asked = run.recipe.parsed_pattern
-    if asked.kind != "global" and run.recipe.allocation == "uniform":
-        pattern = asked.resolve(run.method.default_pattern)
-        return uniform_budget(run.opened.anatomy, pattern, run.recipe.resolved_sparsity)
-    noted = run.writer.notes.get("budget") if run.writer else None
-    if run.group:
-        noted = run.group.broadcast(noted)
-    if noted is not None:
-        return budget_from_json(noted)
-    budget = plan_budget(run.recipe, run.method, dense, gradients, scratch, run.progress)
-    if run.writer:
-        run.writer.note("budget", budget_as_json(budget))
-    return budget
-
-
-def part_name(index: int) -> str:
-    return f"block-{index:05d}"

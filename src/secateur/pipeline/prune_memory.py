@@ -20,9 +20,10 @@ from secateur.pipeline.blocks import gradients_for, prune_blocks
 from secateur.pipeline.budget import check_pattern_fits, method_of, plan_budget
 from secateur.pipeline.data import RunData, split_run_data
 from secateur.pipeline.record import Sizes, build_report
+from secateur.pipeline.state import Outcome
 from secateur.pipeline.verify import QUALITY_KEYS, SPEED_KEYS, Verdict
 from secateur.recipe import MAX_DEFAULT_LENGTH, Recipe
-from secateur.report.model import Block, Layer, Report
+from secateur.report.model import Layer, Report
 from secateur.weights.base import WeightMethod
 
 __all__ = ["prune_model", "prune_with_windows"]
@@ -48,7 +49,7 @@ def prune_model(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any, progr
     verdict = Verdict()
     if data.evaluation is not None:
         verdict.values["perplexity_before"] = perplexity(source, data.evaluation, batch_size=batch_size)
-    layers, blocks = _prune(source, recipe, method, data.calibration, progress)
+    outcome = _prune(source, recipe, method, data.calibration, progress)
     if data.evaluation is not None:
         verdict.values["perplexity_after"] = perplexity(source, data.evaluation, batch_size=batch_size)
         verdict.protocol = {**protocol_of(data.evaluation, source.dtype, tokenizer), "split": data.held_out}
@@ -59,9 +60,8 @@ def prune_model(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any, progr
         recipe,
         method,
         family=source.anatomy.family,
-        sizes=Sizes.unchanged(parameters, nbytes, layers),
-        layers=layers,
-        blocks=blocks,
+        sizes=Sizes.unchanged(parameters, nbytes, outcome.zeros),
+        outcome=outcome,
         verdict=verdict,
         calibration=data.calibration,
         fingerprint={"recipe": recipe.model_dump(mode="json"), "calibration": data.calibration.sha256},
@@ -83,17 +83,17 @@ def prune_with_windows(
     method = method_of(recipe)
     source = MemorySource(model)
     check_pattern_fits(source.anatomy, method, recipe.parsed_pattern)
-    return _prune(source, recipe, method, calibration, progress)[0]
+    return _prune(source, recipe, method, calibration, progress).layers
 
 
 def _prune(
     source: MemorySource, recipe: Recipe, method: WeightMethod, calibration: Windows, progress: Progress
-) -> tuple[list[Layer], list[Block]]:
+) -> Outcome:
     driver = Driver(source, calibration, batch_size=recipe.calibration.batch_size)
     with tempfile.TemporaryDirectory() as scratch:
         gradients = gradients_for(method, driver, Path(scratch), progress)
         budget = plan_budget(recipe, method, driver, gradients, Path(scratch), progress)
-        return prune_blocks(driver, method, budget, gradients, recipe.seed, progress)
+        return Outcome.of_weights(*prune_blocks(driver, method, budget, gradients, recipe.seed, progress))
 
 
 def _not_measured(verdict: Verdict) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -15,12 +14,14 @@ import transformers
 
 import secateur
 from secateur.calibration.windows import Windows
+from secateur.checkpoint.reader import Checkpoint
+from secateur.core.method import Method
 from secateur.evaluation.memory import machine_facts
+from secateur.pipeline.state import Outcome
 from secateur.pipeline.verify import Verdict
 from secateur.recipe import Recipe
 from secateur.report.effect import effect
-from secateur.report.model import Block, Calibration, Layer, Machine, Protocol, Report
-from secateur.weights.base import WeightMethod
+from secateur.report.model import Calibration, Machine, Protocol, Report
 
 __all__ = ["Sizes", "build_report", "digest", "versions"]
 
@@ -37,20 +38,30 @@ class Sizes:
     nonzero_parameters_after: int
 
     @classmethod
-    def unchanged(cls, parameters: int, nbytes: int, layers: Sequence[Layer]) -> Sizes:
+    def of(cls, before: Checkpoint, after: Checkpoint, zeros: int) -> Sizes:
+        """As counted in the files."""
+        return cls(
+            before.parameters,
+            after.parameters,
+            before.nbytes,
+            after.nbytes,
+            before.parameters,
+            after.parameters - zeros,
+        )
+
+    @classmethod
+    def unchanged(cls, parameters: int, nbytes: int, zeros: int) -> Sizes:
         """Zeros in dense files: the same parameters and bytes, fewer weights that are not zero."""
-        zeros = sum(round(layer.sparsity * layer.rows * layer.columns) for layer in layers)
         return cls(parameters, parameters, nbytes, nbytes, parameters, parameters - zeros)
 
 
 def build_report(
     recipe: Recipe,
-    method: WeightMethod,
+    method: Method,
     *,
     family: str,
     sizes: Sizes,
-    layers: Sequence[Layer],
-    blocks: Sequence[Block],
+    outcome: Outcome,
     verdict: Verdict,
     calibration: Windows | None,
     fingerprint: dict[str, Any],
@@ -59,8 +70,6 @@ def build_report(
     peak_memory_bytes: int | None,
 ) -> Report:
     """Everything the contract with users asks for, validated."""
-    total = sum(layer.rows * layer.columns for layer in layers)
-    zeros = sum(layer.sparsity * layer.rows * layer.columns for layer in layers)
     observed = calibration if method.statistics else None
     measured = {**verdict.values, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes}
     missing = dict(verdict.not_measured)
@@ -75,7 +84,7 @@ def build_report(
         allocation=recipe.allocation,
         options=method.model_dump(mode="json"),
         sparsity_requested=sparsity,
-        sparsity=zeros / total,
+        sparsity=outcome.sparsity,
         **vars(sizes),
         **measured,
         protocol=Protocol(**verdict.protocol) if verdict.protocol else None,
@@ -90,8 +99,9 @@ def build_report(
             recipe.pattern, sparsity, removes=method.removes,
             bytes_before=sizes.bytes_before, bytes_after=sizes.bytes_after,
         ),
-        layers=list(layers),
-        blocks=list(blocks),
+        layers=outcome.layers,
+        blocks=outcome.blocks,
+        warnings=outcome.warnings,
         not_measured=missing,
     )  # fmt: skip
 

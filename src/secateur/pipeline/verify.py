@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from secateur.core.progress import Progress
 from secateur.evaluation.memory import available_memory_bytes
@@ -28,8 +25,6 @@ SPEED_KEYS = tuple(
 )
 QUALITY_KEYS = ("perplexity_before", "perplexity_after", "kl_divergence", "top1_agreement")
 
-ReadPart = Callable[[int], "dict[str, Tensor] | None"]
-
 
 @dataclass
 class Verdict:
@@ -42,7 +37,7 @@ class Verdict:
 
 def verify(
     opened: Opened,
-    read: ReadPart,
+    pruned: Opened,
     recipe: Recipe,
     data: RunData,
     device: torch.device,
@@ -52,18 +47,18 @@ def verify(
     """Quality and speed of the dense and the pruned model.
 
     Args:
-        read: file tensors of a pruned block, as its part was written.
+        opened: the dense model.
+        pruned: the files that are about to be published.
     """
     verdict = Verdict()
-    _quality(verdict, opened, read, recipe, data, device, dtype, progress)
-    _speed(verdict, opened, read, recipe, device, dtype)
+    _quality(verdict, (opened, pruned), recipe, data, device, dtype, progress)
+    _speed(verdict, (opened, pruned), recipe, device, dtype)
     return verdict
 
 
 def _quality(
     verdict: Verdict,
-    opened: Opened,
-    read: ReadPart,
+    models: tuple[Opened, Opened],
     recipe: Recipe,
     data: RunData,
     device: torch.device,
@@ -74,8 +69,8 @@ def _quality(
         verdict.not_measured |= dict.fromkeys(QUALITY_KEYS, "no evaluation windows were asked for")
         return
     before, after = compare_quality(
-        opened.source(device, dtype),
-        opened.source(device, dtype, read=read),
+        models[0].source(device, dtype),
+        models[1].source(device, dtype),
         data.evaluation,
         batch_size=recipe.calibration.batch_size,
         progress=progress,
@@ -86,23 +81,21 @@ def _quality(
         "kl_divergence": after.kl_divergence,
         "top1_agreement": after.top1_agreement,
     }
-    verdict.protocol = {**protocol_of(data.evaluation, dtype, opened.folder), "split": data.held_out}
+    verdict.protocol = {**protocol_of(data.evaluation, dtype, models[0].folder), "split": data.held_out}
 
 
 def _speed(
     verdict: Verdict,
-    opened: Opened,
-    read: ReadPart,
+    models: tuple[Opened, Opened],
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    reason = _why_no_speed(opened, recipe, dtype)
+    reason = _why_no_speed(models[0], recipe, dtype)
     if reason:
         verdict.not_measured |= dict.fromkeys(SPEED_KEYS, reason)
         return
-    dense = opened.load(dtype, device)
-    pruned = load_pruned(opened, read, dtype, device)
+    dense, pruned = (model.load(dtype, device) for model in models)
     speed = compare_speed(pruned, dense, batch_sizes=(1,), repeats=3, new_tokens=16)
     verdict.values |= {
         "prefill_tokens_per_second_before": speed.b.prefill(1),
@@ -120,14 +113,3 @@ def _why_no_speed(opened: Opened, recipe: Recipe, dtype: torch.dtype) -> str:
     if parameters > SPEED_PARAMETERS or needed > SPEED_MEMORY_FRACTION * available_memory_bytes():
         return f"two models of {parameters:,} parameters are too large to time here; see `secateur bench`"
     return ""
-
-
-def load_pruned(opened: Opened, read: ReadPart, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The dense model in memory with its blocks replaced by the pruned ones."""
-    model = opened.load(dtype, device)
-    for block in opened.anatomy.blocks:
-        stored = read(block.index)
-        if stored is not None:
-            tensors = opened.layout.assemble(block.index, stored)
-            model.get_submodule(block.prefix).load_state_dict(tensors)
-    return model

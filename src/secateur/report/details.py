@@ -7,6 +7,7 @@ from collections.abc import Callable
 from secateur.report.markup import Markup, Node, element
 from secateur.report.model import Report
 from secateur.report.numbers import duration, percent, size
+from secateur.report.numbers import number as number_of
 from secateur.report.page import data, facts, section
 
 __all__ = ["details"]
@@ -23,6 +24,8 @@ def details(report: Report) -> Markup:
         ("Machine", _machine(report)),
         ("Versions", list(report.versions.items())),
     ]
+    if report.stages:
+        groups.insert(1, ("Stages", _stages(report)))
     cards = [element("div", element("h3", title), facts(pairs)) for title, pairs in groups]
     return section("How it was made", element("div", cards, class_="cards"))
 
@@ -43,6 +46,18 @@ def _run(report: Report) -> Pairs:
         ("Peak memory", _known(report, "peak_memory_bytes", size)),
         ("Date", report.date.isoformat(sep=" ", timespec="seconds")),
         ("Fingerprint", element("code", report.fingerprint)),
+    ]
+
+
+def _stages(report: Report) -> Pairs:
+    """Of a chain, what each stage removed and left."""
+    return [
+        (
+            f"{number}. {stage.method}",
+            f"{percent(stage.sparsity)} removed, {size(stage.bytes_after)}"
+            + ("" if stage.perplexity_after is None else f", perplexity {number_of(stage.perplexity_after)}"),
+        )
+        for number, stage in enumerate(report.stages, 1)
     ]
 
 

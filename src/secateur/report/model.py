@@ -22,6 +22,7 @@ __all__ = [
     "Machine",
     "Protocol",
     "Report",
+    "Stage",
 ]
 
 FILE_NAME = "report.json"
@@ -117,6 +118,20 @@ class Block(_Part):
     seconds: float | None = None
 
 
+class Stage(_Part):
+    """One stage of a chain: what it did, and how good its result is compared with the dense model."""
+
+    method: str
+    pattern: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    sparsity: Fraction
+    parameters_after: Count
+    nonzero_parameters_after: Count | None = None
+    bytes_after: Count
+    perplexity_after: float | None = None
+    kl_divergence: float | None = None
+
+
 class Report(_Part):
     """A run: what was asked, what came out, what it cost. Field names are the keys of report.json.
 
@@ -164,6 +179,7 @@ class Report(_Part):
     )
     layers: list[Layer] = Field(default_factory=list)
     blocks: list[Block] = Field(default_factory=list)
+    stages: list[Stage] = Field(default_factory=list)
     warnings: list[Text] = Field(default_factory=list)
     not_measured: dict[str, str] = Field(default_factory=dict)
 
@@ -191,6 +207,10 @@ class Report(_Part):
         phrases = dict.fromkeys(phrase for layer in self.layers for phrase in layer.fallbacks)
         for phrase in phrases:
             yield phrase, [layer for layer in self.layers if phrase in layer.fallbacks]
+
+    def as_stage(self) -> Stage:
+        """What a chain remembers of this run."""
+        return Stage.model_validate({name: getattr(self, name) for name in Stage.model_fields})
 
     def measured(self, **values: Any) -> Report:
         """A copy with these fields set, their reasons for being null dropped, and everything validated."""

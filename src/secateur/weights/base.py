@@ -11,25 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import AfterValidator
 
 from secateur.core.errors import RecipeError, did_you_mean
-from secateur.core.method import Method
+from secateur.core.method import METHODS, Method
 from secateur.core.pattern import Pattern
-from secateur.core.registry import Registry
 from secateur.core.statistics import InputStatistics
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["METHODS", "OtherMethod", "Problem", "Solution", "WeightMethod", "input_norms", "register"]
-
-METHODS: Registry[type[WeightMethod]] = Registry(
-    "method",
-    "secateur.methods",
-    {
-        name: f"secateur.weights.{name}"
-        for name in ("random", "magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "gblm")
-    },
-)
+__all__ = ["OtherMethod", "Problem", "Solution", "WeightMethod", "input_norms", "register", "weight_method"]
 
 
 @dataclass
@@ -113,6 +103,17 @@ def register(method: type[WeightMethod]) -> type[WeightMethod]:
     """Class decorator: put a method into the catalogue under its `id`."""
     METHODS.register(method.id)(method)
     return method
+
+
+def weight_method(name: str, options: dict[str, Any] | None = None) -> WeightMethod:
+    """The method of this family called `name`. Raises `RecipeError` for any other name."""
+    found = METHODS.get(name)
+    if not issubclass(found, WeightMethod):
+        raise RecipeError(
+            f"method {name!r}, which removes {found.removes}", "one that removes single weights", "use wanda"
+        )
+    made: WeightMethod = found.from_options(options or {})
+    return made
 
 
 def input_norms(inputs: InputStatistics) -> Tensor:

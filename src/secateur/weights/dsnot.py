@@ -8,7 +8,15 @@ from pydantic import Field
 
 from secateur.core.method import Paper
 from secateur.core.statistics import InputStatistics, Statistic
-from secateur.weights.base import METHODS, OtherMethod, Problem, Solution, WeightMethod, input_norms, register
+from secateur.weights.base import (
+    OtherMethod,
+    Problem,
+    Solution,
+    WeightMethod,
+    input_norms,
+    register,
+    weight_method,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,16 +52,16 @@ class Dsnot(WeightMethod):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        return self.needs | METHODS.get(self.base)().statistics
+        return self.needs | weight_method(self.base).statistics
 
     def score(self, problem: Problem) -> Tensor:
         """That of the base, for a choice across matrices; the swaps keep the count of each row."""
-        return METHODS.get(self.base)().score(problem)
+        return weight_method(self.base).score(problem)
 
     def prune(self, problem: Problem) -> Solution:
         from secateur.weights.swaps import InGroup, InRow, Rows
 
-        start = METHODS.get(self.base)().prune(problem)
+        start = weight_method(self.base).prune(problem)
         mean, variance = _moments(problem.inputs)
         effect = problem.weight * mean
         rows = Rows(

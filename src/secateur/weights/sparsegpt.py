@@ -9,7 +9,7 @@ from pydantic import Field
 from secateur.core.method import Paper
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import Statistic
-from secateur.weights.base import METHODS, OtherMethod, Problem, Solution, WeightMethod, register
+from secateur.weights.base import OtherMethod, Problem, Solution, WeightMethod, register, weight_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class SparseGPT(WeightMethod):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        return self.needs | METHODS.get(self.mask)().statistics if self.mask else self.needs
+        return self.needs | weight_method(self.mask).statistics if self.mask else self.needs
 
     def score(self, problem: Problem) -> Tensor:
         """W^2 / U_jj^2 before any update, for a choice across matrices."""
@@ -58,7 +58,7 @@ class SparseGPT(WeightMethod):
     def prune(self, problem: Problem) -> Solution:
         from secateur.weights.obs import hessian_factor, sweep
 
-        chosen = METHODS.get(self.mask)().prune(problem) if self.mask else None
+        chosen = weight_method(self.mask).prune(problem) if self.mask else None
         factor, damping = hessian_factor(problem.inputs, self.damping)
         widths, level = self._spans(problem.pattern)
         weight, kept, loss = sweep(

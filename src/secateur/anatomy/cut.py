@@ -1,0 +1,91 @@
+"""Cutting a block along its spaces: every tensor with an axis in a space loses the same entries.
+
+What belongs together follows from the axes alone (structured-baselines, section 2.0): a channel of a gated
+feed-forward part is a row of gate and up and a column of down because all three have an axis in `ffn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING
+
+from secateur.anatomy.model import Axis, Block, Segment, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Kept", "cut_block", "cut_shapes", "entries", "expand_block", "space_parameters"]
+
+Kept = Mapping[str, "Tensor"]
+"""By space, int64 numbers of what stays, in the order it shall have; spaces not named stay whole."""
+
+
+def entries(axis: Axis, kept: Kept) -> Tensor | None:
+    """The positions along an axis that stay, or None for an axis in none of these spaces."""
+    import torch
+
+    if not any(segment.space in kept for segment in axis.segments):
+        return None
+    parts, start = [], 0
+    for segment in axis.segments:
+        parts.append(start + _entries(segment, kept))
+        start += segment.size
+    return torch.cat(parts)
+
+
+def _entries(segment: Segment, kept: Kept) -> Tensor:
+    import torch
+
+    if segment.space is None or segment.space not in kept:
+        return torch.arange(segment.size)
+    return (kept[segment.space][:, None] * segment.unit + torch.arange(segment.unit)).flatten()
+
+
+def cut_block(block: Block, parameters: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """The block's in-memory tensors without the units that go; tensors that lose nothing are passed on as
+    they are.
+
+    Args:
+        parameters: by name inside the block.
+        kept: what stays.
+    """
+    smaller: dict[str, Tensor] = {}
+    for name, tensor in parameters.items():
+        for dimension, axis in enumerate(block.axes[name]):
+            positions = entries(axis, kept)
+            if positions is not None:
+                tensor = tensor.index_select(dimension, positions.to(tensor.device))
+        smaller[name] = tensor
+    return smaller
+
+
+def expand_block(block: Block, smaller: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """The opposite of `cut_block`: zeros where units are gone, and no tensors but those of the block."""
+    whole: dict[str, Tensor] = {}
+    for name, axes in block.axes.items():
+        tensor = smaller[name]
+        for dimension, axis in enumerate(axes):
+            positions = entries(axis, kept)
+            if positions is not None:
+                shape = [*tensor.shape[:dimension], axis.size, *tensor.shape[dimension + 1 :]]
+                tensor = tensor.new_zeros(shape).index_copy(dimension, positions, tensor)
+        whole[name] = tensor
+    return whole
+
+
+def cut_shapes(block: Block, sizes: Mapping[str, int]) -> dict[str, Shape]:
+    """The shapes of the block's tensors when these spaces have these many units."""
+
+    def size(segment: Segment) -> int:
+        return sizes.get(segment.space or "", segment.count) * segment.unit
+
+    return {name: tuple(sum(map(size, axis.segments)) for axis in axes) for name, axes in block.axes.items()}
+
+
+def space_parameters(block: Block, entries: Mapping[str, int]) -> int:
+    """Parameters that go when each of these spaces loses so many entries."""
+    segments = (segment for axes in block.axes.values() for axis in axes for segment in axis.segments)
+    whole = {segment.space: segment.count for segment in segments}
+    less = {space: whole[space] - gone for space, gone in entries.items()}
+    return block.size - sum(map(prod, cut_shapes(block, less).values()))

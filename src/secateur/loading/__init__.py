@@ -1,0 +1,69 @@
+"""Models whose blocks differ in size, as transformers loads them."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MODEL_TYPE", "REMOTE_CODE", "register_when_needed"]
+
+MODEL_TYPE = "secateur"
+REMOTE_CODE = "modeling_secateur.py"
+"""The file of this room that is also written beside checkpoints whose blocks differ."""
+AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+
+
+def register_when_needed() -> None:
+    """Let the auto classes of transformers know the model type `secateur`: now if they are there, else as
+    soon as they are imported, since importing them takes seconds, which `import secateur` should not."""
+    if AUTO_CONFIG in sys.modules:
+        _register(sys.modules[AUTO_CONFIG])
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+def _register(module: ModuleType) -> None:
+    module.CONFIG_MAPPING.register(MODEL_TYPE, _Config, exist_ok=True)
+
+
+class _Config:
+    """Stands for the config classes of all families until one is asked for."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        from secateur.loading.modeling_secateur import SecateurConfig
+
+        return SecateurConfig.from_dict(config_dict, **kwargs)
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Waits for one module, lets it be loaded as usual, and registers."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != AUTO_CONFIG:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _register(module)

@@ -1,0 +1,180 @@
+"""Decoders whose blocks differ in size: the stock model class of a family, each block built at its own size.
+
+This file needs transformers alone. secateur registers it when it is imported, and writes a copy beside every
+checkpoint with blocks of unequal sizes, for `trust_remote_code=True` where secateur is not installed.
+
+The config is that of the family, with `per_layer_config` for the sizes of single blocks and `block_biases`
+for matrices that have a bias which the family's class would not give them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+MODEL_TYPE = "secateur"
+SIZES, SKIP = "per_layer_config", "skip"
+
+
+class BlockConfig:
+    """The config of the model as one block sees it: its own sizes first, everything else from the model."""
+
+    def __init__(self, config: Any, own: Mapping[str, Any]) -> None:
+        self.__dict__.update(own)
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config":
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+class NoAttention(nn.Module):
+    """Stands where the attention of a block was removed: adds nothing to the residual stream."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        cache = kwargs.get("past_key_values")
+        if cache is not None:  # a cache tells the length of the text by what its first layers hold
+            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(nothing, nothing, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class NoFeedForward(nn.Module):
+    """Stands where the feed-forward part of a block was removed."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class SecateurConfig:
+    """Entry point of `AutoConfig`: gives a config of the family that `base_model_type` names."""
+
+    model_type = MODEL_TYPE
+    _auto_class: str | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return classes(config_dict["base_model_type"])[0].from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+        from transformers import PreTrainedConfig
+
+        config_dict, kwargs = PreTrainedConfig.get_config_dict(path, **kwargs)
+        return cls.from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        cls._auto_class = auto_class
+
+
+class SecateurForCausalLM:
+    """Entry point of `AutoModelForCausalLM`: gives a model of the family that the config names."""
+
+    _auto_class: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        config = config if config is not None else SecateurConfig.from_pretrained(path)
+        return classes(config.base_model_type)[1].from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return classes(config.base_model_type)[1]._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        cls._auto_class = auto_class
+
+
+@functools.cache
+def classes(family: str) -> tuple[type[Any], type[Any]]:
+    """Config and model class of a family, known to the auto classes from now on."""
+    base_config = CONFIG_MAPPING[family]
+    base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    if isinstance(base_model, tuple):
+        base_model = base_model[0]
+    config_class = type(
+        f"Secateur{base_config.__name__}", (_SizesInConfig, base_config), {"model_type": MODEL_TYPE}
+    )
+    model_class = type(
+        f"Secateur{base_model.__name__}", (_BlocksOfOwnSize, base_model), {"config_class": config_class}
+    )
+    _keep_conversions(family, model_class.__name__)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+class _SizesInConfig:
+    """Keeps the sizes of blocks as plain data, whatever the installed transformers makes of such a key."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        plain = dict(config_dict)
+        plain["block_sizes"] = plain.pop(SIZES, {})
+        return super().from_dict(plain, **kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {**plain, SIZES: plain.pop("block_sizes", {})}
+
+
+class _BlocksOfOwnSize:
+    """Builds the stock model and replaces every block that has sizes of its own."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        blocks = _block_list(self, config.num_hidden_layers)
+        for index, own in ((int(index), own) for index, own in config.block_sizes.items()):
+            sizes = {key: value for key, value in own.items() if key != SKIP}
+            block = type(blocks[index])(BlockConfig(config, sizes), layer_idx=index)
+            for name in own.get(SKIP, ()):
+                attention = "attn" in name or "attention" in name
+                setattr(block, name, NoAttention(index) if attention else NoFeedForward())
+            blocks[index] = block
+        for name in getattr(config, "block_biases", ()):
+            for block in blocks:
+                _give_bias(block, name)
+        self.post_init()  # type: ignore[attr-defined]
+
+
+def _block_list(model: Any, count: int) -> nn.ModuleList:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {count} blocks")
+
+
+def _give_bias(block: nn.Module, name: str) -> None:
+    try:
+        matrix: Any = block.get_submodule(name)
+    except AttributeError:
+        return  # this block lost the part
+    if matrix.bias is None:
+        matrix.bias = nn.Parameter(matrix.weight.new_zeros(matrix.weight.shape[0]))
+
+
+def _keep_conversions(family: str, name: str) -> None:
+    """Files of some families hold other names and shapes than the model; the family knows which."""
+    try:
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+    except ImportError:
+        return
+    found = get_checkpoint_conversion_mapping(family)
+    if found:
+        register_checkpoint_conversion_mapping(name, found, overwrite=True)

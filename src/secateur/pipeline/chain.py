@@ -1,0 +1,95 @@
+"""Several stages one after the other: each prunes what the one before has written, all are judged against the
+dense model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from secateur.checkpoint.durable import write_bytes
+from secateur.checkpoint.writer import CheckpointWriter
+from secateur.core.errors import OutputError, ResumeError
+from secateur.core.progress import SILENT, Progress
+from secateur.pipeline.opened import Opened, open_model
+from secateur.pipeline.prune import prune_checkpoint
+from secateur.recipe import Recipe
+from secateur.report.model import FILE_NAME, Report, Stage
+
+__all__ = ["prune_chain"]
+
+PLAN = "stages.json"
+
+
+def prune_chain(
+    recipes: Sequence[Recipe],
+    out: Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress = SILENT,
+) -> Report | None:
+    """Run the stages into `out`; what lies between them is kept in `OUT.stages` until the last is done.
+
+    Args:
+        recipes: one a stage; all name the dense model.
+        out, resume, command: as for `prune_checkpoint`.
+
+    Returns:
+        The report of the last stage, whose figures compare with the dense model.
+
+    Raises:
+        InputError: as `prune_checkpoint`, for any stage before the first begins where that can be known.
+    """
+    if len(recipes) == 1:
+        return prune_checkpoint(recipes[0], out, resume=resume, command=command, progress=progress)
+    recipes = [recipe.validated() for recipe in recipes]
+    dense = open_model(recipes[0].model)
+    CheckpointWriter.check(out, dense.checkpoint, resume=resume)
+    between = out.with_name(f"{out.name}.stages")
+    _begin(between, recipes, resume)
+    model, stages, report = recipes[0].model, list[Stage](), None
+    for number, recipe in enumerate(recipes, 1):
+        last = number == len(recipes)
+        folder = out if last else between / str(number)
+        own = recipe.model_copy(update={"model": model, "measure_speed": recipe.measure_speed and last})
+        report = _stage(own, folder, dense, stages, resume, command, progress)
+        if report is None:
+            return None
+        stages = report.stages or [report.as_stage()]
+        model = str(folder)
+    shutil.rmtree(between)
+    return report
+
+
+def _stage(
+    recipe: Recipe,
+    folder: Path,
+    dense: Opened,
+    stages: Sequence[Stage],
+    resume: bool,
+    command: str,
+    progress: Progress,
+) -> Report | None:
+    if resume and (folder / FILE_NAME).exists() and not (folder / ".secateur").exists():
+        return Report.load(folder)
+    return prune_checkpoint(
+        recipe, folder, resume=resume, command=command, progress=progress, dense=dense, stages=stages
+    )
+
+
+def _begin(between: Path, recipes: Sequence[Recipe], resume: bool) -> None:
+    """Note the chain, or find it as it was noted."""
+    plan = json.dumps([recipe.model_dump(mode="json") for recipe in recipes], indent=1)
+    noted = between / PLAN
+    if between.exists() and not resume:
+        raise OutputError(
+            f"{between} holds an unfinished chain", "", "add --resume, or remove it, or choose another folder"
+        )
+    if noted.exists() and noted.read_text(encoding="utf-8") != plan:
+        raise ResumeError(
+            f"{between} was begun with other stages", "the same recipe", f"remove {between} to begin anew"
+        )
+    between.mkdir(parents=True, exist_ok=True)
+    write_bytes(noted, plan.encode())

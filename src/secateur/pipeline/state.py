@@ -1,0 +1,99 @@
+"""What a pruning run on files carries from step to step, and what each family of methods gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.distributed import Group
+from secateur.calibration.driver import Driver
+from secateur.checkpoint.writer import CheckpointWriter
+from secateur.core.method import Method
+from secateur.core.progress import Progress
+from secateur.pipeline.data import RunData
+from secateur.pipeline.opened import Opened
+from secateur.recipe import Recipe
+from secateur.report.model import Block, Layer
+
+__all__ = ["Outcome", "Run", "part_name"]
+
+
+@dataclass
+class Run:
+    """One run; `writer` is None on all processes but the first."""
+
+    recipe: Recipe
+    out: Path
+    opened: Opened
+    method: Method
+    data: RunData
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress
+    group: Group | None
+    writer: CheckpointWriter | None
+
+    def driver(self, read: Callable[[int], dict[str, Tensor] | None] | None = None) -> Driver:
+        """A fresh pass over the blocks; `read(i)` supplies blocks that are already pruned."""
+        windows = self.data.calibration
+        if self.group:
+            windows = windows.shard(self.group.rank, self.group.world)
+        source = self.opened.source(self.device, self.dtype, read=read)
+        return Driver(source, windows, batch_size=self.recipe.calibration.batch_size, group=self.group)
+
+    @property
+    def scratch(self) -> Path:
+        """Where intermediate results lie."""
+        return self.out / ".secateur" / "scratch"
+
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """Records of the blocks that are written, in this run or before."""
+        parts = dict(self.writer.parts) if self.writer else {}
+        if self.group:
+            parts = self.group.broadcast(parts)
+        indices = range(len(self.opened.anatomy.blocks))
+        return {index: parts[part_name(index)] for index in indices if part_name(index) in parts}
+
+    def keep(self, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Make a finished block durable."""
+        if self.writer:
+            self.writer.write(part_name(index), tensors, record)
+
+
+@dataclass
+class Outcome:
+    """What was done to the blocks, which are written by now.
+
+    Attributes:
+        layers: a row a matrix or kind of unit.
+        blocks: a row a block.
+        sparsity: fraction removed of what the method's family counts.
+        zeros: weights that were set to zero and are still stored.
+        config_updates: keys of config.json that change.
+        files: further files to publish.
+        warnings: what the user should know, one sentence each.
+    """
+
+    layers: list[Layer]
+    blocks: list[Block]
+    sparsity: float
+    zeros: int = 0
+    config_updates: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str | bytes] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_weights(cls, layers: list[Layer], blocks: list[Block]) -> Outcome:
+        """Of a run that set single weights to zero."""
+        total = sum(layer.rows * layer.columns for layer in layers)
+        zeros = sum(round(layer.sparsity * layer.rows * layer.columns) for layer in layers)
+        return cls(layers, blocks, zeros / total, zeros)
+
+
+def part_name(index: int) -> str:
+    return f"block-{index:05d}"

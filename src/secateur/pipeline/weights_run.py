@@ -1,0 +1,79 @@
+"""Single weights to zero: block by block, each written before the next is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.driver import Driver, OpenBlock
+from secateur.calibration.gradients import GradientStore
+from secateur.checkpoint.safetensors_file import torch_dtype
+from secateur.checkpoint.writer import read_part
+from secateur.pipeline.blocks import gradients_for, prune_blocks
+from secateur.pipeline.budget import budget_as_json, budget_from_json, plan_budget, uniform_budget
+from secateur.pipeline.matrices import Budget
+from secateur.pipeline.state import Outcome, Run, part_name
+from secateur.weights.base import WeightMethod
+
+__all__ = ["prune_weights"]
+
+
+def prune_weights(run: Run, method: WeightMethod) -> Outcome:
+    """Prune every block; finished ones are only replayed."""
+    done = run.finished()
+    dense = run.driver()
+    gradients = gradients_for(method, dense, run.scratch, run.progress, run.group)
+    budget = _budget(run, method, dense, gradients)
+    layers, blocks = prune_blocks(
+        run.driver(read=_reader(run, set(done))),
+        method,
+        budget,
+        gradients,
+        run.recipe.seed,
+        run.progress,
+        finished=done,
+        store=lambda block: _store(run, block),
+    )
+    return Outcome.of_weights(layers, blocks)
+
+
+def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | None]:
+    """Reads a block from the part that an earlier run wrote; None for blocks still to be pruned."""
+
+    def read(index: int) -> dict[str, Tensor] | None:
+        return read_part(run.out, part_name(index)) if index in done else None
+
+    return read
+
+
+def _store(run: Run, block: OpenBlock) -> Callable[[dict[str, Any]], None]:
+    """Round the block to the dtypes of its file, so that what propagates is what is written."""
+    checkpoint, layout = run.opened.checkpoint, run.opened.layout
+    stored = {
+        name: tensor.detach().to("cpu", torch_dtype(checkpoint.tensors[name].dtype))
+        for name, tensor in layout.disassemble(block.index, block.parameters).items()
+    }
+    with torch.no_grad():
+        for name, tensor in layout.assemble(block.index, stored).items():
+            block.parameters[name].copy_(tensor)
+    return lambda record: run.keep(block.index, stored, record)
+
+
+def _budget(run: Run, method: WeightMethod, dense: Driver, gradients: GradientStore | None) -> Budget:
+    """The budget of the journal, or a new one, which the journal then keeps."""
+    asked = run.recipe.parsed_pattern
+    if asked.kind != "global" and run.recipe.allocation == "uniform":
+        pattern = asked.resolve(method.default_pattern)
+        return uniform_budget(run.opened.anatomy, pattern, run.recipe.resolved_sparsity)
+    noted = run.writer.notes.get("budget") if run.writer else None
+    if run.group:
+        noted = run.group.broadcast(noted)
+    if noted is not None:
+        return budget_from_json(noted)
+    budget = plan_budget(run.recipe, method, dense, gradients, run.scratch, run.progress)
+    if run.writer:
+        run.writer.note("budget", budget_as_json(budget))
+    return budget

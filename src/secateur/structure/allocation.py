@@ -1,0 +1,132 @@
+"""How many units go where: the same share everywhere, or one ranking over the whole model.
+
+Counts are exact: what is removed meets the budget to within the cheapest unit, ties go by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from secateur.core.errors import RecipeError
+from secateur.structure.base import StructureMethod
+from secateur.structure.units import Units
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Scored", "allocate"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The units of one kind in one block with their importance, (count,)."""
+
+    block: int
+    units: Units
+    scores: Tensor
+
+
+def allocate(
+    groups: Sequence[Scored], sizes: Sequence[int], sparsity: float, method: StructureMethod
+) -> list[Tensor]:
+    """Choose what stays.
+
+    Args:
+        groups: all units of the model.
+        sizes: parameters of each block; `sparsity` is the fraction of their sum that goes.
+        method: its `spread`, `min_keep` and `round_to` are respected.
+
+    Returns:
+        For each group the units that stay, sorted int64.
+
+    Raises:
+        RecipeError: more than can be removed, or no share of heads and channels comes near.
+    """
+    budget = sparsity * sum(sizes)
+    most = sum(_removable(group.units, method) * group.units.parameters for group in groups)
+    if budget > most:
+        raise RecipeError(
+            f"sparsity {sparsity:g}",
+            f"at most {most / sum(sizes):.3f}: the rest is norms and the {method.min_keep} unit(s) of each "
+            "kind that a block keeps",
+            "lower --sparsity or min_keep",
+        )
+    counts = _uniform(groups, sizes, sparsity, method) if method.spread == "uniform" else None
+    removed = _lowest(groups, counts) if counts else _ranked(groups, budget, method)
+    return [_complement(gone, group.units.count) for gone, group in zip(removed, groups, strict=True)]
+
+
+def _removable(units: Units, method: StructureMethod) -> int:
+    return max(0, units.count - method.min_keep)
+
+
+def _uniform(
+    groups: Sequence[Scored], sizes: Sequence[int], sparsity: float, method: StructureMethod
+) -> list[int]:
+    """Units to remove of each group: the kinds of a block share its budget in proportion, the coarsest
+    first, so that the finest makes up for what rounding left."""
+    counts = [0] * len(groups)
+    for block, size in enumerate(sizes):
+        own = [number for number, group in enumerate(groups) if group.block == block]
+        own.sort(key=lambda number: -groups[number].units.parameters)
+        left = sparsity * size
+        while own:
+            units = groups[own[0]].units
+            whole = sum(groups[number].units.count * groups[number].units.parameters for number in own)
+            share = left * units.count / whole
+            counts[own[0]] = _rounded(units, share, method)
+            left -= counts[own.pop(0)] * units.parameters
+    return counts
+
+
+def _rounded(units: Units, share: float, method: StructureMethod) -> int:
+    step = method.round_to if units.kind.endswith("ffn") else 1
+    kept = step * max(1, round((units.count - share) / step))
+    return min(max(units.count - kept, 0), _removable(units, method))
+
+
+def _lowest(groups: Sequence[Scored], counts: Sequence[int]) -> list[Tensor]:
+    return [group.scores.argsort(stable=True)[:count] for group, count in zip(groups, counts, strict=True)]
+
+
+def _ranked(groups: Sequence[Scored], budget: float, method: StructureMethod) -> list[Tensor]:
+    """The lowest of all units whose parameters fit into the budget."""
+    import torch
+
+    candidates = [
+        group.scores.argsort(stable=True)[: _removable(group.units, method)].sort().values for group in groups
+    ]
+    scores = torch.cat(
+        [_comparable(group.scores, method)[chosen] for group, chosen in zip(groups, candidates, strict=True)]
+    )
+    owner = torch.cat([torch.full_like(chosen, number) for number, chosen in enumerate(candidates)])
+    costs = torch.tensor([group.units.parameters for group in groups])[owner]
+    taken = torch.zeros(len(scores), dtype=torch.bool)
+    order = scores.argsort(stable=True)
+    left = int(budget)
+    while len(order):  # what no longer fits is passed over for what does
+        fits = costs[order].cumsum(0) <= left
+        taken[order[fits]] = True
+        left -= int(costs[order[fits]].sum())
+        order = order[~fits]
+        order = order[costs[order] <= left]
+    positions = torch.cat(candidates)
+    return [positions[taken & (owner == number)] for number in range(len(groups))]
+
+
+def _comparable(scores: Tensor, method: StructureMethod) -> Tensor:
+    scores = scores.double()
+    if method.comparable:
+        return scores
+    spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
+    return (scores - scores.mean()) / spread if float(spread) > 0 else scores * 0
+
+
+def _complement(removed: Tensor, count: int) -> Tensor:
+    import torch
+
+    stays = torch.ones(count, dtype=torch.bool)
+    stays[removed] = False
+    return stays.nonzero().squeeze(1)

@@ -1,0 +1,84 @@
+"""A structured method: an importance for every unit of a block, and options that all methods share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from secateur.anatomy.model import Block
+from secateur.core.method import METHODS, Method
+from secateur.core.statistics import InputStatistics, Statistic
+from secateur.structure.units import Units, units_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["Compensation", "Spread", "StructureMethod", "UnitProblem", "register"]
+
+Compensation = Literal["none", "bias", "least_squares"]
+Spread = Literal["uniform", "global"]
+Targets = Literal["all", "ffn", "heads"]
+
+
+@dataclass
+class UnitProblem:
+    """The units of one kind in one block.
+
+    Attributes:
+        name: for messages, such as `3.ffn`.
+        units: which they are.
+        weight: (d, C) float32 of the matrix that collects them.
+        inputs: what was observed of its input; sums over tokens.
+        generator: seeded for these very units.
+    """
+
+    name: str
+    units: Units
+    weight: Tensor
+    inputs: InputStatistics
+    generator: torch.Generator
+
+
+class StructureMethod(Method):
+    """Base of the methods that remove channels and heads.
+
+    Class variables:
+        comparable: scores of different blocks and kinds mean the same and need not be standardised.
+    """
+
+    family: ClassVar[str] = "structure"
+    removes: ClassVar[str] = "attention heads with their key-value head, and feed-forward channels"
+    effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
+    comparable: ClassVar[bool] = False
+
+    spread: Spread = Field(
+        "uniform", description="uniform: the same share everywhere; global: one ranking of all units"
+    )
+    targets: Targets = Field("all", description="all, feed-forward channels alone, or heads alone")
+    compensate: Compensation = Field(
+        "none", description="none, bias (mean output) or least_squares (refit on what stays)"
+    )
+    min_keep: int = Field(1, ge=1, description="units of a kind that every block keeps at least")
+    round_to: int = Field(1, ge=1, description="widths of feed-forward parts stay multiples of this")
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return self.needs | {"mean"} if self.compensate == "bias" else self.needs
+
+    def units(self, block: Block) -> list[Units]:
+        """The kinds of units of a block that compete."""
+        ffn = {"all": {True, False}, "ffn": {True}, "heads": {False}}[self.targets]
+        return [units for units in units_of(block) if units.kind.endswith("ffn") in ffn]
+
+    def score(self, problem: UnitProblem) -> Tensor:
+        """(count,) importance of each unit; the smallest go."""
+        raise NotImplementedError
+
+
+def register(method: type[StructureMethod]) -> type[StructureMethod]:
+    """Class decorator: put a method into the catalogue under its `id`."""
+    METHODS.register(method.id)(method)
+    return method

@@ -1,0 +1,92 @@
+"""What can be removed from a block as a whole, read off its axes (structured-baselines, section 2.0)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from secateur.anatomy.cut import space_parameters
+from secateur.anatomy.model import Block, Matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Units", "kept_spaces", "units_of"]
+
+HEADS, KV_HEADS = "heads", "kv_heads"
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one kind in one block.
+
+    Attributes:
+        kind: `ffn` (channels), `kv_groups` (a key-value head with its query heads) or `heads`.
+        count: how many there are.
+        parameters: what the removal of one frees.
+        spaces: by space, how many of its entries belong to one unit; those of unit j are consecutive.
+        writer: the matrix that writes what the units compute into the residual stream.
+        width: columns of `writer` that belong to one unit.
+    """
+
+    kind: str
+    count: int
+    parameters: int
+    spaces: Mapping[str, int]
+    writer: Matrix
+    width: int
+
+    def per_unit(self, channels: Tensor) -> Tensor:
+        """(count, width) from one number a column of `writer`."""
+        return channels.view(self.count, self.width)
+
+    def columns(self, units: Tensor) -> Tensor:
+        """The columns of `writer` that belong to these units, in their order."""
+        import torch
+
+        return (units[:, None] * self.width + torch.arange(self.width)).flatten()
+
+
+def units_of(block: Block) -> list[Units]:
+    """All kinds of units of a block: those whose output one matrix collects.
+
+    Channels of single experts are none: experts share one space but not one importance.
+    """
+    found = (_units(block, matrix) for matrix in block.matrices if matrix.expert is None)
+    return [units for units in found if units is not None]
+
+
+def _units(block: Block, writer: Matrix) -> Units | None:
+    segments = writer.columns.segments
+    space = segments[0].space
+    if len(segments) != 1 or space is None or not (space == HEADS or space.endswith("ffn")):
+        return None
+    if space != HEADS:
+        return _make(space, block, writer, {space: 1})
+    groups = _count(block, KV_HEADS)
+    if groups is None:
+        return _make(HEADS, block, writer, {HEADS: 1})
+    return _make("kv_groups", block, writer, {KV_HEADS: 1, HEADS: segments[0].count // groups})
+
+
+def _make(kind: str, block: Block, writer: Matrix, spaces: Mapping[str, int]) -> Units:
+    first, entries = next(iter(spaces.items()))
+    count = (_count(block, first) or 0) // entries
+    freed = space_parameters(block, spaces)
+    return Units(kind, count, freed, spaces, writer, writer.shape[1] // count)
+
+
+def _count(block: Block, space: str) -> int | None:
+    segments = (segment for axes in block.axes.values() for axis in axes for segment in axis.segments)
+    return next((segment.count for segment in segments if segment.space == space), None)
+
+
+def kept_spaces(units: Units, kept: Tensor) -> dict[str, Tensor]:
+    """By space, the entries that stay when these units stay (sorted int64)."""
+    import torch
+
+    return {
+        space: (kept[:, None] * entries + torch.arange(entries)).flatten()
+        for space, entries in units.spaces.items()
+    }

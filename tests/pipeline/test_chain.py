@@ -1,0 +1,88 @@
+"""Chains: stages on top of each other, judged against the dense model, resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM
+
+from secateur.cli.app import run
+from secateur.core.errors import OutputError, RecipeError, ResumeError
+from secateur.pipeline import chain
+from secateur.pipeline.chain import prune_chain
+from secateur.recipe import Recipe, read_recipe
+from secateur.report.model import Report
+
+TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    save_tiny("llama", tmp_path / "model", num_hidden_layers=3)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    values = {
+        "model": str(tmp_path / "model"),
+        "calibration": {"source": str(tmp_path / "text.txt"), "samples": 6, "length": 24},
+        "evaluation_windows": 2,
+        "measure_speed": False,
+        "stages": [{"method": "flap", "sparsity": 0.2}, {"method": "wanda", "sparsity": 0.5}],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def test_stages_follow_each_other_and_the_dense_model_is_the_judge(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(["prune", "--recipe", str(recipe), "-o", str(out)]) == 0
+    report = Report.load(out)
+    assert [stage.method for stage in report.stages] == ["flap", "wanda"]
+    assert report.model == str(tmp_path / "model")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert report.parameters_before == sum(p.numel() for p in dense.parameters())
+    assert report.parameters_after == report.stages[0].parameters_after < report.parameters_before
+    pruned = AutoModelForCausalLM.from_pretrained(out)
+    zeros = sum(int((p == 0).sum()) for name, p in pruned.named_parameters() if name.endswith("proj.weight"))
+    assert zeros > 0.4 * report.parameters_after * 0.3
+    assert not (tmp_path / "out.stages").exists()
+
+
+def test_a_chain_goes_on_in_the_stage_that_was_interrupted(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, out, stage, seen = read_recipe(recipe), tmp_path / "out", chain.prune_checkpoint, []
+
+    def counted(own: Recipe, *rest: object, **more: object) -> object:
+        seen.append(own.method)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return stage(own, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chain, "prune_checkpoint", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_chain(recipes, out)
+    with pytest.raises(OutputError, match="add --resume"):
+        prune_chain(recipes, out)
+    with pytest.raises(ResumeError, match="other stages"):
+        prune_chain(recipes[::-1], out, resume=True)
+    report = prune_chain(recipes, out, resume=True)
+    assert report is not None
+    assert seen == ["flap", "wanda", "wanda"]
+    assert [found.method for found in report.stages] == ["flap", "wanda"]
+
+
+def test_the_command_line_wins_over_the_file_setting_by_setting(recipe: Path) -> None:
+    stages = read_recipe(recipe, seed=7, calibration={"length": 12})
+    assert [stage.seed for stage in stages] == [7, 7]
+    assert [(stage.calibration.samples, stage.calibration.length) for stage in stages] == [(6, 12), (6, 12)]
+
+
+@pytest.mark.parametrize("stages", [[], {"method": "wanda"}, [{"model": "other", "method": "x"}] * 2, [3]])
+def test_wrong_stages_are_refused(stages: object, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "stages": stages}), encoding="utf-8")
+    with pytest.raises(RecipeError):
+        read_recipe(path)
