@@ -6,7 +6,7 @@ blocks before it, while inside the block every matrix still sees the dense one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,14 @@ from secateur.calibration.windows import Windows
 from secateur.core.progress import SILENT, Progress, track
 from secateur.core.statistics import InputStatistics, Statistic
 
-__all__ = ["Driver", "OpenBlock"]
+__all__ = ["Driver", "OpenBlock", "Watch"]
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Larger batches on a CPU spend their time on fetching fresh pages for temporaries."""
+
+
+Watch = Callable[[Batch, Tensor, Tensor], None]
+"""Called with a batch and its hidden states, (B, T, d), before and after a block."""
 
 
 class Driver:
@@ -166,8 +170,11 @@ class OpenBlock:
                 self._dense = output if recording else self._dense
         return probes.take(sum(len(batch.windows) for batch in held.batches), self._group)
 
-    def finish(self) -> float | None:
+    def finish(self, watch: Watch | None = None) -> float | None:
         """Run the block, changed or not, on all windows; its outputs become the inputs of the next.
+
+        Args:
+            watch: sees what enters and what leaves the block, batch by batch.
 
         Returns:
             Squared error of the output relative to that of the dense block, over the real tokens of the
@@ -182,6 +189,8 @@ class OpenBlock:
             output = held.run(batch, self.index, self.module)
             if dense is not None:
                 error, dense = self._error(batch.real(output), batch.real(dense)), None
+            if watch is not None:
+                watch(batch, held.input(batch), output)
             held.replace(batch, output)
         held.position += self._outputs_read
         return error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -132,7 +132,11 @@ class CheckpointWriter:
         self._journal.save()
 
     def assemble(
-        self, *, config_updates: dict[str, Any] | None = None, shard_bytes: int = 5_000_000_000
+        self,
+        *,
+        config_updates: dict[str, Any] | None = None,
+        dropped: Collection[str] = (),
+        shard_bytes: int = 5_000_000_000,
     ) -> Path:
         """Merge the parts and add config and companions: a checkpoint to look at before it is published.
 
@@ -141,6 +145,7 @@ class CheckpointWriter:
 
         Args:
             config_updates: top-level keys of the source's config to replace or add.
+            dropped: tensors of the source that the output does not have.
             shard_bytes: a file of weights is closed before it grows beyond this.
 
         Returns:
@@ -153,7 +158,7 @@ class CheckpointWriter:
         if self._final.exists():
             shutil.rmtree(self._final)
         self._final.mkdir()
-        merge_weights(self._final, self._placed(), shard_bytes)
+        merge_weights(self._final, self._placed(set(dropped)), shard_bytes)
         copy_files(self.source.companions(), self.source.folder, self._final)
         write_json(self._final / CONFIG, {**self.source.config, **(config_updates or {})})
         self._assembled = True
@@ -219,7 +224,7 @@ class CheckpointWriter:
         number = list(self.parts).index(part) if part in self.parts else len(self.parts)
         return self._parts / part_file(number)
 
-    def _placed(self) -> list[Placed]:
+    def _placed(self, dropped: set[str]) -> list[Placed]:
         """Where each tensor lies, in the source's order; those the source lacks come last."""
         placed: dict[str, Placed] = {}
         for path in map(self._path, self.parts):
@@ -228,7 +233,7 @@ class CheckpointWriter:
                     raise ValueError(f"tensor {name!r} was written in two parts")
                 placed[name] = Placed(path, info)
         rank = {name: number for number, name in enumerate(self.source.tensors)}
-        if missing := [name for name in rank if name not in placed]:
+        if missing := [name for name in rank if name not in placed and name not in dropped]:
             raise ValueError(f"{len(missing)} tensors were never written, the first is {missing[0]!r}")
         return sorted(placed.values(), key=lambda place: rank.get(place.info.name, len(rank)))
 

@@ -15,7 +15,15 @@ __all__ = ["METHODS", "Method", "Paper", "methods_of"]
 
 ROOMS = {
     "weights": ("random", "magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "gblm"),
-    "structure": ("random-structure", "magnitude-structure", "wanda-structure", "flap", "osscar"),
+    "structure": (
+        "random-structure",
+        "magnitude-structure",
+        "wanda-structure",
+        "flap",
+        "osscar",
+        "cfsp",
+        "shortgpt",
+    ),
 }
 """The methods that come with secateur; each is a file of its room."""
 

@@ -14,7 +14,7 @@ from secateur.calibration.windows import Windows, load_windows
 from secateur.core.errors import CalibrationError
 from secateur.core.progress import Progress
 from secateur.evaluation.memory import available_memory_bytes
-from secateur.pipeline.opened import Opened
+from secateur.pipeline.opened import Opened, choose_device
 from secateur.recipe import MAX_DEFAULT_LENGTH, Calibration, Recipe
 
 __all__ = ["RunData", "load_run_data", "load_windows_for", "split_run_data", "window_length"]
@@ -72,10 +72,13 @@ def load_run_data(opened: Opened, recipe: Recipe, progress: Progress, cache: Pat
     wanted = recipe.calibration.samples
     spare = recipe.evaluation_windows if recipe.text is None else 0
     windows = _cached(cache) if cache and recipe.calibration.source == SELF else None
-    windows = windows or load_windows_for(opened, recipe.calibration, wanted + spare, recipe.seed, progress)
+    place = choose_device(recipe.device)
+    windows = windows or load_windows_for(
+        opened, recipe.calibration, wanted + spare, recipe.seed, progress, place
+    )
     if recipe.text is not None and recipe.evaluation_windows:
         held = recipe.calibration.model_copy(update={"source": recipe.text, "column": None})
-        evaluation = load_windows_for(opened, held, recipe.evaluation_windows, recipe.seed, progress)
+        evaluation = load_windows_for(opened, held, recipe.evaluation_windows, recipe.seed, progress, place)
         return RunData(windows, windows, evaluation, "the first windows of the text given")
     return split_run_data(windows, wanted, spare)
 
@@ -94,11 +97,19 @@ def split_run_data(windows: Windows, wanted: int, spare: int) -> RunData:
 
 
 def load_windows_for(
-    opened: Opened, calibration: Calibration, samples: int, seed: int, progress: Progress
+    opened: Opened,
+    calibration: Calibration,
+    samples: int,
+    seed: int,
+    progress: Progress,
+    device: torch.device,
 ) -> Windows:
-    """Windows of the source that `calibration` names, sampled from the model itself for `self`."""
+    """Windows of the source that `calibration` names, sampled from the model itself for `self`: on the
+    device if the model fits there, else on the CPU."""
 
     def whole() -> PreTrainedModel:
+        if _fits_on(device, opened):
+            return opened.load(opened.stored_dtype, device)
         _refuse_if_too_large(opened)
         return opened.load(torch.float32, torch.device("cpu"))
 
@@ -112,6 +123,12 @@ def load_windows_for(
         model=whole,
         progress=progress,
     )
+
+
+def _fits_on(device: torch.device, opened: Opened) -> bool:
+    if device.type != "cuda":
+        return False
+    return opened.checkpoint.nbytes < MEMORY_FRACTION / 2 * torch.cuda.mem_get_info(device)[0]
 
 
 def _refuse_if_too_large(opened: Opened) -> None:

@@ -20,6 +20,7 @@ from secateur.evaluation.memory import peak_memory_bytes
 from secateur.loading import REMOTE_CODE
 from secateur.pipeline.budget import check_pattern_fits
 from secateur.pipeline.data import RunData, load_run_data, save_cache
+from secateur.pipeline.depth_run import prune_depth
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.state import Outcome, Run
@@ -30,7 +31,7 @@ from secateur.recipe import Recipe
 from secateur.report.card import model_card
 from secateur.report.html import render
 from secateur.report.model import Report, Stage
-from secateur.structure.base import StructureMethod
+from secateur.structure.base import DepthMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["prune_checkpoint"]
@@ -93,7 +94,7 @@ def prune_checkpoint(
         if writer is None:
             return None
         _copy_outer(run, writer)
-        pruned = open_model(writer.assemble(config_updates=outcome.config_updates))
+        pruned = open_model(writer.assemble(config_updates=outcome.config_updates, dropped=outcome.dropped))
         pruned.share_outer(dense)
         report = _judge(run, (dense, pruned), outcome, marks, command, started)
         report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
@@ -107,6 +108,8 @@ def _prune_blocks(run: Run, method: Method) -> Outcome:
         return prune_weights(run, method)
     if isinstance(method, StructureMethod):
         return prune_structure(run, method)
+    if isinstance(method, DepthMethod):
+        return prune_depth(run, method)
     raise TypeError(f"no way to run methods of family {method.family!r}")
 
 

@@ -111,7 +111,7 @@ def evaluate(
         calibration = Calibration(
             source=text or "self", samples=windows, length=length, column=column, batch_size=batch_size
         )
-        data = load_windows_for(dense or opened, calibration, windows, seed, progress)
+        data = load_windows_for(dense or opened, calibration, windows, seed, progress, chosen)
         result["protocol"] = protocol_of(data, precision, opened.folder)
         source = opened.source(chosen, precision)
         if dense is None:

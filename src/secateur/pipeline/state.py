@@ -75,6 +75,7 @@ class Outcome:
         sparsity: fraction removed of what the method's family counts.
         zeros: weights that were set to zero and are still stored.
         config_updates: keys of config.json that change.
+        dropped: tensors of the source that are gone.
         files: further files to publish.
         warnings: what the user should know, one sentence each.
     """
@@ -84,6 +85,7 @@ class Outcome:
     sparsity: float
     zeros: int = 0
     config_updates: dict[str, Any] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
     files: dict[str, str | bytes] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -13,8 +13,10 @@ from secateur.core.errors import RecipeError
 from secateur.pipeline.cutting import Choice, Cutter
 from secateur.pipeline.matrices import generator_for, statistics_of
 from secateur.pipeline.state import Outcome, Run
+from secateur.pipeline.watching import BlockWatch
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod, UnitProblem
+from secateur.structure.units import producers
 
 __all__ = ["prune_structure"]
 
@@ -35,7 +37,7 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     found = _scores(run, method)
     scored = [Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in groups]
     sizes = [block.size for block in blocks]
-    kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method)
+    kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method, found.get("turns"))
     choices = [
         Choice(group, found.get(f"{group.block}.{group.units.kind}.mean"), stays)
         for group, stays in zip(scored, kept, strict=True)
@@ -61,13 +63,17 @@ def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     if path.exists():
         return read_tensors(path, read_header(path).values())
     found: dict[str, Tensor] = {}
-    driver = run.driver()
-    blocks = driver.blocks(forward=bool(method.statistics), outputs=False)
+    driver, watch = run.driver(), BlockWatch() if method.spread == "sigmoid" else None
+    blocks = driver.blocks(forward=bool(method.statistics or watch), outputs=watch is not None)
     with run.progress.task(f"scoring with {method.id}", len(run.opened.anatomy.blocks)) as task:
         for opened in blocks:
             found |= _score_block(run, method, opened)
-            opened.finish()
+            if watch:
+                watch.next_block()
+            opened.finish(watch)
             task.advance()
+    if watch:
+        found["turns"] = watch.states(run.group)["turns"]
     if run.writer:
         save_tensors(run.writer.workspace / SCORES, found)
     return found
@@ -81,7 +87,14 @@ def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[s
         name = f"{opened.index}.{units.kind}"
         inputs = statistics_of(units.writer, observed)
         weight = units.writer.view(opened.parameters).float()
-        problem = UnitProblem(name, units, weight, inputs, generator_for(run.recipe.seed, name))
+        problem = UnitProblem(
+            name,
+            units,
+            weight,
+            inputs,
+            generator_for(run.recipe.seed, name),
+            producers(opened.block, opened.parameters, units),
+        )
         found[name] = method.score(problem).float().cpu()
         if inputs.mean is not None:
             found[f"{name}.mean"] = (inputs.mean / max(inputs.tokens, 1)).cpu()

@@ -55,7 +55,7 @@ def _sizes(before: int | None, after: int | None) -> str:
 
 def _structured(removes: str, sparsity: float, sizes: str) -> list[str]:
     return [
-        f"Whole units ({removes}) are gone, {percent(sparsity)} of the prunable parameters: "
+        f"Whole units ({removes}) are gone, {percent(sparsity)} of the parameters in blocks: "
         f"the matrices themselves are smaller, and so is the file{sizes}.",
         "Any runtime that loads the model does less arithmetic; how much faster depends on the machine.",
     ]

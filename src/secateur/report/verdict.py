@@ -114,13 +114,17 @@ def verdict(report: Report) -> str:
 
 
 def _deed(report: Report) -> str:
+    if report.stages:
+        done = ", then ".join(f"{stage.method} ({percent(stage.sparsity)})" for stage in report.stages)
+        return f"{done} pruned {report.name}"
     how = f"in a {report.pattern} pattern" if ":" in report.pattern else "as unstructured zeros"
+    what = "prunable weights"
     if report.parameters_after < report.parameters_before:
-        how = "as whole units"
+        how, what = "as whole units", "parameters in blocks"
     asked = ""
     if abs(report.sparsity - report.sparsity_requested) > 0.005:
         asked = f" ({percent(report.sparsity_requested)} was asked for)"
-    removed = f"removed {percent(report.sparsity)}{asked} of the prunable weights"
+    removed = f"removed {percent(report.sparsity)}{asked} of the {what}"
     return f"{report.method} {removed} of {report.name} {how}"
 
 

@@ -1,4 +1,4 @@
-"""How many units go where: the same share everywhere, or one ranking over the whole model.
+"""How many units go where: the same share everywhere, more where blocks do little, or one ranking of all.
 
 Counts are exact: what is removed meets the budget to within the cheapest unit, ties go by position.
 """
@@ -29,7 +29,11 @@ class Scored:
 
 
 def allocate(
-    groups: Sequence[Scored], sizes: Sequence[int], sparsity: float, method: StructureMethod
+    groups: Sequence[Scored],
+    sizes: Sequence[int],
+    sparsity: float,
+    method: StructureMethod,
+    angles: Tensor | None = None,
 ) -> list[Tensor]:
     """Choose what stays.
 
@@ -37,6 +41,7 @@ def allocate(
         groups: all units of the model.
         sizes: parameters of each block; `sparsity` is the fraction of their sum that goes.
         method: its `spread`, `min_keep` and `round_to` are respected.
+        angles: (L,) how much each block turns the hidden state, for the spread `sigmoid`.
 
     Returns:
         For each group the units that stay, sorted int64.
@@ -53,8 +58,16 @@ def allocate(
             "kind that a block keeps",
             "lower --sparsity or min_keep",
         )
-    counts = _uniform(groups, sizes, sparsity, method) if method.spread == "uniform" else None
-    removed = _lowest(groups, counts) if counts else _ranked(groups, budget, method)
+    if method.spread == "global":
+        removed = _ranked(groups, budget, method)
+        pairs = zip(groups, removed, strict=True)
+        removed = _lowest(groups, [_rounded(group.units, len(gone), method) for group, gone in pairs])
+    else:
+        budgets = [sparsity * size for size in sizes]
+        if method.spread == "sigmoid":
+            assert angles is not None
+            budgets = _by_angle(groups, budget, angles.double(), method.sharpness)
+        removed = _lowest(groups, _spread(groups, budgets, method))
     return [_complement(gone, group.units.count) for gone, group in zip(removed, groups, strict=True)]
 
 
@@ -62,16 +75,29 @@ def _removable(units: Units, method: StructureMethod) -> int:
     return max(0, units.count - method.min_keep)
 
 
-def _uniform(
-    groups: Sequence[Scored], sizes: Sequence[int], sparsity: float, method: StructureMethod
-) -> list[int]:
+def _by_angle(groups: Sequence[Scored], budget: float, angles: Tensor, sharpness: float) -> list[float]:
+    """Parameters to remove of each block: it keeps in proportion to the sigmoid of its angle (cfsp, 2.2)."""
+    import torch
+
+    blocks = torch.tensor([group.block for group in groups])
+    units = torch.tensor([group.units.count * group.units.parameters for group in groups]).double()
+    whole = torch.zeros(len(angles), dtype=torch.float64).index_add(0, blocks, units)
+    kept = 1 - budget / float(whole.sum())
+    share = torch.sigmoid(sharpness * (angles - angles.mean()))
+    mean, top = share.mean(), share.max()
+    if top / mean * kept >= 1:  # no block keeps more than it has
+        share = mean + (share - mean) * (mean * (1 / kept - 1) / (top - mean) / 1.05)
+        mean = share.mean()
+    return ((1 - share / mean * kept) * whole).tolist()
+
+
+def _spread(groups: Sequence[Scored], budgets: Sequence[float], method: StructureMethod) -> list[int]:
     """Units to remove of each group: the kinds of a block share its budget in proportion, the coarsest
     first, so that the finest makes up for what rounding left."""
     counts = [0] * len(groups)
-    for block, size in enumerate(sizes):
+    for block, left in enumerate(budgets):
         own = [number for number, group in enumerate(groups) if group.block == block]
         own.sort(key=lambda number: -groups[number].units.parameters)
-        left = sparsity * size
         while own:
             units = groups[own[0]].units
             whole = sum(groups[number].units.count * groups[number].units.parameters for number in own)

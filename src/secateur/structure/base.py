@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
@@ -16,10 +17,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Compensation", "Spread", "StructureMethod", "UnitProblem", "register"]
+__all__ = [
+    "BlockStates",
+    "Compensation",
+    "DepthMethod",
+    "Spread",
+    "StructureMethod",
+    "UnitProblem",
+    "register",
+]
 
 Compensation = Literal["none", "bias", "least_squares"]
-Spread = Literal["uniform", "global"]
+Spread = Literal["uniform", "global", "sigmoid"]
 Targets = Literal["all", "ffn", "heads"]
 
 
@@ -31,6 +40,7 @@ class UnitProblem:
         name: for messages, such as `3.ffn`.
         units: which they are.
         weight: (d, C) float32 of the matrix that collects them.
+        producers: float32 (rows, d) of the matrices, or parts of fused ones, whose rows the units are.
         inputs: what was observed of its input; sums over tokens.
         generator: seeded for these very units.
     """
@@ -40,6 +50,7 @@ class UnitProblem:
     weight: Tensor
     inputs: InputStatistics
     generator: torch.Generator
+    producers: Sequence[Tensor] = ()
 
 
 class StructureMethod(Method):
@@ -55,12 +66,15 @@ class StructureMethod(Method):
     comparable: ClassVar[bool] = False
 
     spread: Spread = Field(
-        "uniform", description="uniform: the same share everywhere; global: one ranking of all units"
+        "uniform",
+        description="uniform: the same share everywhere; global: one ranking of all units; "
+        "sigmoid: more where a block turns the hidden state little",
     )
     targets: Targets = Field("all", description="all, feed-forward channels alone, or heads alone")
     compensate: Compensation = Field(
         "none", description="none, bias (mean output) or least_squares (refit on what stays)"
     )
+    sharpness: float = Field(13.1072, ge=0, description="of the spread sigmoid, per unit of angle / pi")
     min_keep: int = Field(1, ge=1, description="units of a kind that every block keeps at least")
     round_to: int = Field(1, ge=1, description="widths of feed-forward parts stay multiples of this")
 
@@ -78,7 +92,38 @@ class StructureMethod(Method):
         raise NotImplementedError
 
 
-def register(method: type[StructureMethod]) -> type[StructureMethod]:
+@dataclass(frozen=True)
+class BlockStates:
+    """What the blocks of a dense model do to their input.
+
+    Attributes:
+        influence: (L,) mean over tokens of 1 - cos(input, output) of each block.
+        turns: (L,) the same of the angle, divided by pi.
+        angles: (L + 1, L + 1) mean over windows of arccos(cos)/pi between the hidden states of the last token
+            at two depths; depth i is the input of block i.
+    """
+
+    influence: Tensor
+    turns: Tensor
+    angles: Tensor
+
+
+class DepthMethod(Method):
+    """Base of the methods that remove whole decoder blocks."""
+
+    family: ClassVar[str] = "structure"
+    removes: ClassVar[str] = "whole decoder blocks"
+    effect: ClassVar[str] = "a shallower dense model of the same class: fewer bytes and faster everywhere"
+
+    def choose(self, states: BlockStates, count: int) -> list[int]:
+        """The blocks that go, sorted."""
+        raise NotImplementedError
+
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(method: M) -> M:
     """Class decorator: put a method into the catalogue under its `id`."""
     METHODS.register(method.id)(method)
     return method

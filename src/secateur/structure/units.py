@@ -12,7 +12,7 @@ from secateur.anatomy.model import Block, Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Units", "kept_spaces", "units_of"]
+__all__ = ["Units", "kept_spaces", "producers", "units_of"]
 
 HEADS, KV_HEADS = "heads", "kv_heads"
 
@@ -90,3 +90,15 @@ def kept_spaces(units: Units, kept: Tensor) -> dict[str, Tensor]:
         space: (kept[:, None] * entries + torch.arange(entries)).flatten()
         for space, entries in units.spaces.items()
     }
+
+
+def producers(block: Block, parameters: Mapping[str, Tensor], units: Units) -> list[Tensor]:
+    """(rows, d) float32 of every matrix, or part of a fused one, whose rows belong to the units."""
+    found = []
+    for matrix in block.matrices:
+        start = 0
+        for segment in matrix.rows.segments if matrix.expert is None else ():
+            if segment.space in units.spaces:
+                found.append(matrix.view(parameters)[start : start + segment.size].float())
+            start += segment.size
+    return found

@@ -1,0 +1,127 @@
+"""Whole blocks away: watch the dense model once, choose, and write those that stay under new numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from secateur.anatomy.layout import FileLayout
+from secateur.anatomy.resolve import resolve_config
+from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
+from secateur.checkpoint.safetensors_header import read_header
+from secateur.core.errors import AnatomyError, RecipeError
+from secateur.pipeline.state import Outcome, Run
+from secateur.pipeline.watching import BlockWatch
+from secateur.report.model import Block, Layer
+from secateur.structure.base import BlockStates, DepthMethod
+
+__all__ = ["prune_depth"]
+
+SCORES = "scores.safetensors"
+
+
+def prune_depth(run: Run, method: DepthMethod) -> Outcome:
+    """Write the blocks that stay.
+
+    Raises:
+        RecipeError: a sparsity that comes to no block or to all.
+    """
+    blocks, checkpoint = run.opened.anatomy.blocks, run.opened.checkpoint
+    count = _count(len(blocks), run.recipe.resolved_sparsity)
+    found = _states(run)
+    gone = method.choose(BlockStates(**found), count)
+    kept = [block.index for block in blocks if block.index not in gone]
+    updates = _shorter(checkpoint.config, len(blocks), kept)
+    layout = FileLayout(_checked(run, updates, kept), dict.fromkeys(checkpoint.tensors))
+    done = run.finished()
+    for new, old in enumerate(kept):
+        if new not in done:
+            whole = run.opened.layout.assemble(old, checkpoint.read(run.opened.layout.block_names(old)))
+            run.keep(new, layout.disassemble(new, whole), {})
+    names = {name for block in blocks for name in run.opened.layout.block_names(block.index)}
+    stay = {name for new in range(len(kept)) for name in layout.block_names(new)}
+    removed = sum(blocks[index].size for index in gone)
+    return Outcome(
+        layers=[
+            _row(run, index, index in gone, influence)
+            for index, influence in enumerate(found["influence"].tolist())
+        ],
+        blocks=[Block(block=index) for index in range(len(blocks))],
+        sparsity=removed / sum(block.size for block in blocks),
+        config_updates=updates,
+        dropped=frozenset(names - stay),
+        files={SCORES: save(found)},
+    )
+
+
+def _count(blocks: int, sparsity: float) -> int:
+    count = round(sparsity * blocks)
+    if not 0 < count < blocks:
+        raise RecipeError(
+            f"sparsity {sparsity:g} of {blocks} blocks",
+            f"a fraction from {1 / blocks:.3f} (one block) to {1 - 1 / blocks:.3f}",
+            "change --sparsity, or remove channels: flap",
+        )
+    return count
+
+
+def _states(run: Run) -> dict[str, Tensor]:
+    """Influence of the blocks and angles between depths, of this run or the one that was interrupted."""
+    path = run.scratch / SCORES
+    if path.exists():
+        return read_tensors(path, read_header(path).values())
+    watch = BlockWatch()
+    driver = run.driver()
+    with run.progress.task("watching the dense model", len(run.opened.anatomy.blocks)) as task:
+        for opened in driver.blocks():
+            watch.next_block()
+            opened.finish(watch)
+            task.advance()
+    found = watch.states(run.group)
+    if run.writer:
+        save_tensors(run.writer.workspace / SCORES, found)
+    return found
+
+
+def _shorter(config: dict[str, Any], count: int, kept: list[int]) -> dict[str, Any]:
+    """Keys that change: the number of blocks, and every list with an entry a block."""
+    key = next((name for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), None)
+    if key is None:
+        raise AnatomyError("a config that does not say how many blocks there are", "num_hidden_layers")
+    updates: dict[str, Any] = {key: len(kept)}
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == count:
+            updates[name] = [value[index] for index in kept]
+    if "per_layer_config" in config:
+        own = config["per_layer_config"]
+        updates["per_layer_config"] = {
+            str(new): own[str(old)] for new, old in enumerate(kept) if str(old) in own
+        }
+    return updates
+
+
+def _checked(run: Run, updates: dict[str, Any], kept: list[int]) -> Any:
+    """The anatomy of the shorter model, whose blocks must be those that stay."""
+    anatomy, blocks = resolve_config({**run.opened.checkpoint.config, **updates}), run.opened.anatomy.blocks
+    if [block.parameters for block in anatomy.blocks] != [blocks[index].parameters for index in kept]:
+        raise AnatomyError(
+            f"blocks of {run.opened.anatomy.family!r} change with their place",
+            "blocks that are built alike wherever they stand",
+            "remove channels instead: flap",
+        )
+    return anatomy
+
+
+def _row(run: Run, index: int, gone: bool, influence: float) -> Layer:
+    block = run.opened.anatomy.blocks[index]
+    return Layer(
+        block=index,
+        matrix="block",
+        rows=1,
+        columns=block.size,
+        sparsity_requested=run.recipe.resolved_sparsity,
+        sparsity=float(gone),
+        notes={"influence": influence},
+    )
