@@ -69,6 +69,7 @@ class Recipe(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     allocation_options: dict[str, Any] = Field(default_factory=dict)
     calibration: Calibration = Field(default=Calibration())
+    scores: str | None = None
     text: str | None = None
     evaluation_windows: int = Field(default=64, ge=0)
     seed: int = 0
@@ -116,6 +117,12 @@ class Recipe(BaseModel):
         method = METHODS.get(self.method)
         method.from_options(self.options)
         ALLOCATIONS.get(self.allocation).from_options(self.allocation_options)
+        if self.scores is not None and method.family != "structure":
+            raise RecipeError(
+                f"scores with method {self.method!r}, which removes {method.removes}",
+                "a structured method",
+                "leave --scores out",
+            )
         for key in ("pattern", "allocation"):
             if method.family != "weights" and getattr(self, key) != Recipe.model_fields[key].default:
                 raise RecipeError(

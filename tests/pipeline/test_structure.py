@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.anatomy.resolve import resolve
 from secateur.cli.app import run
-from secateur.core.errors import AnatomyError, RecipeError
+from secateur.core.errors import AnatomyError, InputError, RecipeError
 from secateur.pipeline.state import Run
 from secateur.report.model import Report
 from secateur.structure.allocation import Scored, allocate
@@ -181,6 +181,7 @@ def test_bad_requests_are_one_line(tmp_path: Path, text: str, capsys: pytest.Cap
     code = run([*command, "--calibration", text, "--length", "24", "--samples", "4"])
     assert code == 2
     assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_tells_bytes_and_speed(tmp_path: Path) -> None:
@@ -188,3 +189,22 @@ def test_plan_tells_bytes_and_speed(tmp_path: Path) -> None:
     facts = secateur.plan(model, method="flap", sparsity=0.3)
     assert facts["faster"]
     assert facts["bytes_after"] < facts["bytes_before"]
+
+
+def test_saved_scores_plan_other_ratios_of_the_same_model_only(tmp_path: Path, text: str) -> None:
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=3)
+    prune(model, tmp_path / "first", text, method="flap", sparsity=0.2)
+    scores = str(tmp_path / "first" / "scores.safetensors")
+    prune(model, tmp_path / "again", text, method="flap", sparsity=0.4, scores=scores)
+    prune(model, tmp_path / "fresh", text, method="flap", sparsity=0.4)
+    for name in ("model.safetensors", "config.json", "scores.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    other = save_tiny("llama", tmp_path / "other", num_hidden_layers=3, seed=1)
+    with pytest.raises(InputError, match="scores of model"):
+        prune(other, tmp_path / "out", text, method="flap", scores=scores)
+    with pytest.raises(InputError, match="scores of method"):
+        prune(model, tmp_path / "out", text, method="wanda-structure", scores=scores)
+    with pytest.raises(InputError, match="no turns"):
+        prune(model, tmp_path / "out", text, method="flap", options={"spread": "sigmoid"}, scores=scores)
+    with pytest.raises(RecipeError, match="leave --scores out"):
+        prune(model, tmp_path / "out", text, method="wanda", scores=scores)

@@ -81,6 +81,17 @@ def test_more_than_there_is_gets_the_largest_that_goes() -> None:
         allocate(groups(0), SIZES, 0.999, WandaStructure())
 
 
+def test_a_share_that_no_heads_make_gets_those_that_do() -> None:
+    heads = [group for group in groups(0) if group.units.kind == "kv_groups"]
+    method = WandaStructure.from_options({"targets": "heads"})
+    with pytest.raises(RecipeError, match="whole heads make") as caught:
+        allocate(heads, SIZES, 0.04, method)
+    legal = heads[0].units.parameters * len(SIZES) / sum(SIZES)
+    assert f"{legal:.3f}" in str(caught.value)
+    kept = allocate(heads, SIZES, legal, method)
+    assert {group.units.count - len(stays) for group, stays in zip(heads, kept, strict=True)} == {1}
+
+
 def test_scores_of_blocks_are_standardised_before_they_compete() -> None:
     plain = groups(1)
     scaled = [Scored(g.block, g.units, g.scores * 10 ** (g.block + 1)) for g in plain]

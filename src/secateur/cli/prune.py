@@ -51,6 +51,10 @@ def prune(
         str | None, Parameter(help="column of the calibration file that holds the text")
     ] = None,
     batch_size: Annotated[int | None, Parameter(help="windows a forward pass; default: what suits")] = None,
+    scores: Annotated[
+        str | None,
+        Parameter(help="scores.safetensors of an earlier structured run on this model"),
+    ] = None,
     text: Annotated[str | None, Parameter(help="held-out text for perplexity before and after")] = None,
     evaluation_windows: Annotated[int, Parameter(help="windows to evaluate; 0 for none")] = 64,
     option: MethodOptions = None,
@@ -76,8 +80,8 @@ def prune(
             "source": calibration, "samples": samples, "length": length, "column": column,
             "batch_size": batch_size,
         },
-        "text": text, "evaluation_windows": evaluation_windows, "seed": seed, "device": device,
-        "dtype": dtype, "measure_speed": measure_speed,
+        "scores": scores, "text": text, "evaluation_windows": evaluation_windows, "seed": seed,
+        "device": device, "dtype": dtype, "measure_speed": measure_speed,
     }  # fmt: skip
     recipes = build_recipes(given, recipe)
 

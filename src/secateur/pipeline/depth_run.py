@@ -12,14 +12,27 @@ from secateur.anatomy.resolve import resolve_config
 from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
 from secateur.checkpoint.safetensors_header import read_header
 from secateur.core.errors import AnatomyError, RecipeError
+from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.watching import BlockWatch
+from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 from secateur.structure.base import BlockStates, DepthMethod
 
-__all__ = ["prune_depth"]
+__all__ = ["check_depth", "prune_depth"]
 
 SCORES = "scores.safetensors"
+
+
+def check_depth(opened: Opened, method: DepthMethod, recipe: Recipe) -> None:
+    """Refuse, before anything is read or written, what could not be done. Raises `RecipeError`."""
+    if recipe.scores is not None:
+        raise RecipeError(
+            f"scores with method {method.id!r}",
+            "a method that scores heads and channels",
+            "leave --scores out",
+        )
+    _count(len(opened.anatomy.blocks), recipe.resolved_sparsity)
 
 
 def prune_depth(run: Run, method: DepthMethod) -> Outcome:

@@ -11,11 +11,11 @@ import torch
 
 from secateur.anatomy.model import Anatomy, Block
 from secateur.calibration.driver import BATCH_TOKENS
-from secateur.core.method import METHODS, Method
+from secateur.core.method import Method
 from secateur.core.numerics import exact_products
 from secateur.evaluation.memory import available_memory_bytes
-from secateur.pipeline.budget import check_pattern_fits
 from secateur.pipeline.data import window_length
+from secateur.pipeline.families import checked_method
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
@@ -57,7 +57,7 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
     recipe: Recipe = parse(Recipe, {"model": str(model), **settings}, "the settings")
     recipe = recipe.validated()
     opened = open_model(recipe.model)
-    method: Method = METHODS.get(recipe.method).from_options(recipe.options)
+    method = checked_method(opened, recipe)
     expected = estimate(opened, recipe, method)
     return {
         "model": recipe.model,
@@ -80,7 +80,6 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
     before, nbytes = opened.checkpoint.parameters, opened.checkpoint.nbytes
     if isinstance(method, WeightMethod):
-        check_pattern_fits(anatomy, method, recipe.parsed_pattern)
         return {
             "parameters_prunable": anatomy.prunable_parameters,
             "zeros_after": int(anatomy.prunable_parameters * sparsity),

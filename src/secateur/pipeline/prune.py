@@ -14,25 +14,19 @@ import secateur
 from secateur.anatomy.resized import is_stock
 from secateur.calibration.distributed import Group, local_device
 from secateur.checkpoint.writer import CheckpointWriter
-from secateur.core.method import METHODS, Method
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
 from secateur.loading import REMOTE_CODE
-from secateur.pipeline.budget import check_pattern_fits
 from secateur.pipeline.data import RunData, load_run_data, save_cache
-from secateur.pipeline.depth_run import prune_depth
+from secateur.pipeline.families import checked_method, prune_blocks_of
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.state import Outcome, Run
-from secateur.pipeline.structure_run import prune_structure
 from secateur.pipeline.verify import verify
-from secateur.pipeline.weights_run import prune_weights
 from secateur.recipe import Recipe
 from secateur.report.card import model_card
 from secateur.report.html import render
 from secateur.report.model import Report, Stage
-from secateur.structure.base import DepthMethod, StructureMethod
-from secateur.weights.base import WeightMethod
 
 __all__ = ["prune_checkpoint"]
 
@@ -70,9 +64,7 @@ def prune_checkpoint(
     recipe = recipe.validated()
     opened = open_model(recipe.model)
     dense = dense or opened
-    method: Method = METHODS.get(recipe.method).from_options(recipe.options)
-    if isinstance(method, WeightMethod):
-        check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
+    method = checked_method(opened, recipe)
     device = local_device(choose_device(recipe.device))
     group = Group.from_environment(device)
     first = group is None or group.rank == 0
@@ -90,7 +82,7 @@ def prune_checkpoint(
             save_cache(data, writer.workspace)
         dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
         run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer)
-        outcome = _prune_blocks(run, method)
+        outcome = prune_blocks_of(run)
         if writer is None:
             return None
         _copy_outer(run, writer)
@@ -100,17 +92,6 @@ def prune_checkpoint(
         report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
         writer.finish(extra={**outcome.files, **_files(report, opened, outcome)})
         return report
-
-
-def _prune_blocks(run: Run, method: Method) -> Outcome:
-    """Write all blocks, by the way of the method's family."""
-    if isinstance(method, WeightMethod):
-        return prune_weights(run, method)
-    if isinstance(method, StructureMethod):
-        return prune_structure(run, method)
-    if isinstance(method, DepthMethod):
-        return prune_depth(run, method)
-    raise TypeError(f"no way to run methods of family {method.family!r}")
 
 
 def _judge(

@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from secateur.anatomy.resized import is_stock
+from secateur.anatomy.cut import cut_shapes
+from secateur.anatomy.resized import is_stock, resized_config
 from secateur.calibration.driver import OpenBlock
 from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
 from secateur.checkpoint.safetensors_header import read_header
-from secateur.core.errors import RecipeError
+from secateur.core.errors import InputError, RecipeError
 from secateur.pipeline.cutting import Choice, Cutter
 from secateur.pipeline.matrices import generator_for, statistics_of
+from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.watching import BlockWatch
+from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod, UnitProblem
-from secateur.structure.units import producers
+from secateur.structure.units import Units, kept_spaces, producers
 
-__all__ = ["prune_structure"]
+__all__ = ["check_structure", "prune_structure"]
 
 SCORES = "scores.safetensors"
+PLANNING = ("spread", "targets", "compensate", "min_keep", "round_to", "sharpness")
+"""Options that scores do not depend on."""
 UNEQUAL = "Blocks differ in size: load it after `import secateur`, or with trust_remote_code=True."
+
+
+def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> None:
+    """Refuse, before anything is read or written, what could not be done.
+
+    Raises:
+        RecipeError: a share that cannot be removed, or that whole heads do not make.
+        AnatomyError: a family whose blocks cannot have the sizes.
+        InputError: scores of another model or method.
+    """
+    groups = _groups(opened, method)
+    flat = [Scored(index, units, torch.zeros(units.count)) for index, units in groups]
+    blocks = opened.anatomy.blocks
+    sizes = [block.size for block in blocks]
+    kept = allocate(flat, sizes, recipe.resolved_sparsity, method, torch.zeros(len(blocks)))
+    spaces: list[dict[str, int]] = [{} for _ in blocks]
+    for (index, units), stays in zip(groups, kept, strict=True):
+        spaces[index] |= {space: len(at) for space, at in kept_spaces(units, stays).items()}
+    shapes = [cut_shapes(block, own) for block, own in zip(blocks, spaces, strict=True)]
+    resized_config(opened.checkpoint.config, opened.anatomy, spaces, shapes)
+    if recipe.scores is not None:
+        _given(opened, method, Path(recipe.scores))
 
 
 def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     """Score, choose, cut. Scores are kept beside the result, to plan other ratios from."""
     blocks = run.opened.anatomy.blocks
-    groups = [(block.index, units) for block in blocks for units in method.units(block)]
-    if not groups:
-        raise RecipeError(
-            f"method {method.id!r} on {run.opened.anatomy.family!r}",
-            "a model with channels or heads that one matrix collects",
-            "prune single weights: wanda",
-        )
     found = _scores(run, method)
-    scored = [Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in groups]
+    scored = [
+        Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in _groups(run.opened, method)
+    ]
     sizes = [block.size for block in blocks]
     kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method, found.get("turns"))
     choices = [
@@ -46,19 +73,33 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     layers, rows = cutter.cut()
     freed = sum(len(choice.removed) * choice.units.parameters for choice in choices)
     stock = is_stock({**run.opened.checkpoint.config, **cutter.config_updates})
+    origin = {"origin": json.dumps(_origin(run.opened, method))}  # one key: several come in any order
     return Outcome(
         layers=layers,
         blocks=rows,
         sparsity=freed / sum(sizes),
         config_updates=cutter.config_updates,
-        files={SCORES: save({name: tensor.contiguous() for name, tensor in found.items()})},
+        files={SCORES: save({name: tensor.contiguous() for name, tensor in found.items()}, origin)},
         warnings=[] if stock else [UNEQUAL],
     )
+
+
+def _groups(opened: Opened, method: StructureMethod) -> list[tuple[int, Units]]:
+    groups = [(block.index, units) for block in opened.anatomy.blocks for units in method.units(block)]
+    if not groups:
+        raise RecipeError(
+            f"method {method.id!r} on {opened.anatomy.family!r}",
+            "a model with channels or heads that one matrix collects",
+            "prune single weights: wanda",
+        )
+    return groups
 
 
 def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     """Scores (`3.ffn`) and mean inputs (`3.ffn.mean`), from one pass over the dense model or from the run
     that was interrupted."""
+    if run.recipe.scores is not None:
+        return _given(run.opened, method, Path(run.recipe.scores))
     path = run.scratch / SCORES
     if path.exists():
         return read_tensors(path, read_header(path).values())
@@ -77,6 +118,37 @@ def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     if run.writer:
         save_tensors(run.writer.workspace / SCORES, found)
     return found
+
+
+def _origin(opened: Opened, method: StructureMethod) -> dict[str, str]:
+    """What scores hold for."""
+    settings = method.model_dump_json(exclude=set(PLANNING))
+    return {"model": opened.checkpoint.fingerprint(), "method": method.id, "options": settings}
+
+
+def _given(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Tensor]:
+    """Scores of an earlier run, if they are of this model and method and hold what the options need."""
+    remedy = "leave --scores out to score this model"
+    try:
+        with safe_open(path, "pt") as file:
+            origin = json.loads((file.metadata() or {}).get("origin", "{}"))
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        reason = f"{path} is no file of scores ({error})"
+        raise InputError(reason, "scores.safetensors of a run", remedy) from error
+    for key, expected in _origin(opened, method).items():
+        if origin.get(key) != expected:
+            raise InputError(f"{path} holds scores of {key} {origin.get(key)}", f"{key} {expected}", remedy)
+    if missing := [name for name in _needed(opened, method) if name not in found]:
+        raise InputError(f"{path} has no {missing[0]}", "scores of a run with options like these", remedy)
+    return found
+
+
+def _needed(opened: Opened, method: StructureMethod) -> list[str]:
+    """What a file of scores must hold for these options."""
+    names = [f"{index}.{units.kind}" for index, units in _groups(opened, method)]
+    means = [f"{name}.mean" for name in names] if method.compensate == "bias" else []
+    return [*names, *means, *(["turns"] if method.spread == "sigmoid" else [])]
 
 
 def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[str, Tensor]:

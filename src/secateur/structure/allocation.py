@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Scored", "allocate"]
 
+TOLERANCE = 0.01
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -68,7 +70,29 @@ def allocate(
             assert angles is not None
             budgets = _by_angle(groups, budget, angles.double(), method.sharpness)
         removed = _lowest(groups, _spread(groups, budgets, method))
+    _check_reached(groups, removed, sparsity, sum(sizes), method)
     return [_complement(gone, group.units.count) for gone, group in zip(removed, groups, strict=True)]
+
+
+def _check_reached(
+    groups: Sequence[Scored], removed: Sequence[Tensor], sparsity: float, total: int, method: StructureMethod
+) -> None:
+    """Refuse a share that whole units do not come near, where no channels are there to make up for heads."""
+    freed = sum(len(gone) * group.units.parameters for group, gone in zip(groups, removed, strict=True))
+    if (
+        any(group.units.kind.endswith("ffn") for group in groups)
+        or abs(freed / total - sparsity) <= TOLERANCE
+    ):
+        return
+    step = min(group.units.parameters for group in groups) / total
+    step *= 1 if method.spread == "global" else len({group.block for group in groups})
+    near = freed / total
+    others = [near - step, near, near + step]
+    raise RecipeError(
+        f"sparsity {sparsity:g} of heads alone",
+        f"a share that whole heads make: {', '.join(f'{share:.3f}' for share in others if share > 0)}",
+        "choose one of these, or add channels: -O targets=all",
+    )
 
 
 def _removable(units: Units, method: StructureMethod) -> int:

@@ -1,0 +1,49 @@
+"""Every structured method of the catalogue, on families that differ in what belongs together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.core.method import methods_of
+
+TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
+FAMILIES = {"llama": torch.float32, "qwen2": torch.bfloat16, "phi3": torch.float16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", methods_of("structure"))
+def test_what_comes_out_is_smaller_loads_and_is_what_was_measured(
+    method: str, family: str, tmp_path: Path
+) -> None:
+    dtype = FAMILIES[family]
+    model = save_tiny(family, tmp_path / "model", num_hidden_layers=4, dtype=dtype)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    report = secateur.prune(
+        model,
+        tmp_path / "out",
+        method=method,
+        sparsity=0.25,
+        calibration={"source": str(tmp_path / "text.txt"), "samples": 6, "length": 24},
+        evaluation_windows=2,
+        measure_speed=False,
+    )
+    assert report.sparsity == pytest.approx(0.25, abs=0.02)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == dtype
+    assert sum(p.numel() for p in loaded.parameters()) == report.parameters_after < report.parameters_before
+    assert sum(p.nbytes for p in loaded.parameters()) == report.bytes_after < report.bytes_before
+    again = secateur.evaluate(
+        tmp_path / "out", against=model, text=str(tmp_path / "text.txt"), windows=2, length=24
+    )
+    assert again["perplexity"] < float("inf")
+    assert again["top1_agreement"] > 0
+    assert report.method == method
+    assert report.pattern == "structure"
+    ids = torch.arange(1, 9)[None]
+    assert torch.isfinite(loaded(ids).logits).all()
