@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,8 @@ def test_what_comes_out_is_smaller_loads_and_is_what_was_measured(
     again = secateur.evaluate(
         tmp_path / "out", against=model, text=str(tmp_path / "text.txt"), windows=2, length=24
     )
-    assert again["perplexity"] < float("inf")
-    assert again["top1_agreement"] > 0
+    assert math.isfinite(again["perplexity"])
+    assert math.isfinite(again["kl_divergence"])
     assert report.method == method
     assert report.pattern == "structure"
     ids = torch.arange(1, 9)[None]
