@@ -74,6 +74,33 @@ def test_a_chain_goes_on_in_the_stage_that_was_interrupted(
     assert [found.method for found in report.stages] == ["flap", "wanda"]
 
 
+def test_a_chain_killed_after_its_last_stage_only_tidies_up(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    recipes, out = read_recipe(recipe), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(chain, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_chain(recipes, out)
+    weights = (out / "model.safetensors").read_bytes()
+    monkeypatch.setattr(chain, "prune_checkpoint", None)
+    report = prune_chain(recipes, out, resume=True)
+    assert report is not None
+    assert [stage.method for stage in report.stages] == ["flap", "wanda"]
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert not (tmp_path / "out.stages").exists()
+
+
+def test_stages_run_in_one_process(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="torchrun"):
+        prune_chain(read_recipe(recipe), tmp_path / "out")
+    assert not (tmp_path / "out.stages").exists()
+
+
 def test_the_command_line_wins_over_the_file_setting_by_setting(recipe: Path) -> None:
     stages = read_recipe(recipe, seed=7, calibration={"length": 12})
     assert [stage.seed for stage in stages] == [7, 7]

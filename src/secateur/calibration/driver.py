@@ -143,12 +143,17 @@ class OpenBlock:
         self._dense: Tensor | None = None
 
     def observe(
-        self, needs: Collection[Statistic], *, record_output: bool = True
+        self,
+        needs: Collection[Statistic],
+        *,
+        sites: Collection[str] | None = None,
+        record_output: bool = True,
     ) -> dict[str, list[InputStatistics]]:
         """Run the block as it is on all windows.
 
         Args:
             needs: statistics wanted; `gradient` is none that a forward can give and is left out.
+            sites: where to look; by default at every site of the block.
             record_output: keep the output of the first batch, for the error that `finish` returns.
 
         Returns:
@@ -162,7 +167,7 @@ class OpenBlock:
         if not wanted:
             self._dense = held.run(first, self.index, self.module) if record_output else None
             return {}
-        with Probes(self.block, self.module, wanted, held.device) as probes:
+        with Probes(self.block, self.module, wanted, held.device, sites) as probes:
             for batch in held.batches:
                 recording = record_output and batch is first
                 probes.begin(batch, stop=not recording)

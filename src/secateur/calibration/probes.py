@@ -30,23 +30,29 @@ Watch = Callable[[list[Tensor]], None]
 
 
 class Probes:
-    """Observes every site of a block while it is open as a context.
+    """Observes the sites of a block, or those named, while it is open as a context.
 
     Attributes:
         moments: by site name, one accumulator, or one for each expert.
     """
 
     def __init__(
-        self, block: Block, module: nn.Module, needs: Collection[Statistic], device: torch.device
+        self,
+        block: Block,
+        module: nn.Module,
+        needs: Collection[Statistic],
+        device: torch.device,
+        sites: Collection[str] | None = None,
     ) -> None:
         self.moments: dict[str, list[Moments]] = {}
-        for site in block.sites.values():
+        self._sites = [site for site in block.sites.values() if sites is None or site.name in sites]
+        for site in self._sites:
             readers = block.readers(site.name)
             count = 1 if site.kind == "input" else 1 + max(matrix.expert or 0 for matrix in readers)
             columns = readers[0].shape[1]
             self.moments[site.name] = [Moments(columns, needs, device) for _ in range(count)]
         self._block, self._module = block, module
-        self._paths = {site.module for site in block.sites.values()}
+        self._paths = {site.module for site in self._sites}
         self._batch: Batch | None = None
         self._left: set[str] | None = None
         self._hooks = ExitStack()
@@ -90,7 +96,7 @@ class Probes:
 
     def _watch(self, path: str) -> Watch:
         """What is to be done with the inputs of a submodule."""
-        sites = [site for site in self._block.sites.values() if site.module == path]
+        sites = [site for site in self._sites if site.module == path]
         if any(site.kind != "input" for site in sites):
             return _Experts(self, self._block, self._module, sites)
         moments = [self.moments[site.name][0] for site in sites]

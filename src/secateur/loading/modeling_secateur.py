@@ -13,14 +13,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 MODEL_TYPE = "secateur"
-SIZES, SKIP = "per_layer_config", "skip"
+SIZES = "per_layer_config"
 
 
 class BlockConfig:
@@ -34,28 +33,6 @@ class BlockConfig:
         if name == "_config":
             raise AttributeError(name)
         return getattr(self._config, name)
-
-
-class NoAttention(nn.Module):
-    """Stands where the attention of a block was removed: adds nothing to the residual stream."""
-
-    def __init__(self, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        cache = kwargs.get("past_key_values")
-        if cache is not None:  # a cache tells the length of the text by what its first layers hold
-            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(nothing, nothing, self.layer_idx)
-        return torch.zeros_like(hidden_states), None
-
-
-class NoFeedForward(nn.Module):
-    """Stands where the feed-forward part of a block was removed."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
 
 
 class SecateurConfig:
@@ -137,13 +114,9 @@ class _BlocksOfOwnSize:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         blocks = _block_list(self, config.num_hidden_layers)
-        for index, own in ((int(index), own) for index, own in config.block_sizes.items()):
-            sizes = {key: value for key, value in own.items() if key != SKIP}
-            block = type(blocks[index])(BlockConfig(config, sizes), layer_idx=index)
-            for name in own.get(SKIP, ()):
-                attention = "attn" in name or "attention" in name
-                setattr(block, name, NoAttention(index) if attention else NoFeedForward())
-            blocks[index] = block
+        for key, own in config.block_sizes.items():
+            index = int(key)
+            blocks[index] = type(blocks[index])(BlockConfig(config, own), layer_idx=index)
         for name in getattr(config, "block_biases", ()):
             for block in blocks:
                 _give_bias(block, name)
@@ -158,10 +131,7 @@ def _block_list(model: Any, count: int) -> nn.ModuleList:
 
 
 def _give_bias(block: nn.Module, name: str) -> None:
-    try:
-        matrix: Any = block.get_submodule(name)
-    except AttributeError:
-        return  # this block lost the part
+    matrix: Any = block.get_submodule(name)
     if matrix.bias is None:
         matrix.bias = nn.Parameter(matrix.weight.new_zeros(matrix.weight.shape[0]))
 

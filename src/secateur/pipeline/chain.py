@@ -4,13 +4,14 @@ dense model."""
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import rmtree
 
 from secateur.checkpoint.durable import write_bytes
 from secateur.checkpoint.writer import CheckpointWriter
-from secateur.core.errors import OutputError, ResumeError
+from secateur.core.errors import OutputError, RecipeError, ResumeError
 from secateur.core.progress import SILENT, Progress
 from secateur.pipeline.opened import Opened, open_model
 from secateur.pipeline.prune import prune_checkpoint
@@ -44,10 +45,13 @@ def prune_chain(
     """
     if len(recipes) == 1:
         return prune_checkpoint(recipes[0], out, resume=resume, command=command, progress=progress)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("stages under torchrun", "one process", "run the stages one by one, or without it")
     recipes = [recipe.validated() for recipe in recipes]
     dense = open_model(recipes[0].model)
-    CheckpointWriter.check(out, dense.checkpoint, resume=resume)
     between = out.with_name(f"{out.name}.stages")
+    if not (resume and between.exists() and _finished(out)):
+        CheckpointWriter.check(out, dense.checkpoint, resume=resume)
     _begin(between, recipes, resume)
     model, stages, report = recipes[0].model, list[Stage](), None
     for number, recipe in enumerate(recipes, 1):
@@ -55,11 +59,10 @@ def prune_chain(
         folder = out if last else between / str(number)
         own = recipe.model_copy(update={"model": model, "measure_speed": recipe.measure_speed and last})
         report = _stage(own, folder, dense, stages, resume, command, progress)
-        if report is None:
-            return None
+        assert report is not None  # there is one process
         stages = report.stages or [report.as_stage()]
         model = str(folder)
-    shutil.rmtree(between)
+    rmtree(between)
     return report
 
 
@@ -72,11 +75,15 @@ def _stage(
     command: str,
     progress: Progress,
 ) -> Report | None:
-    if resume and (folder / FILE_NAME).exists() and not (folder / ".secateur").exists():
+    if resume and _finished(folder):
         return Report.load(folder)
     return prune_checkpoint(
         recipe, folder, resume=resume, command=command, progress=progress, dense=dense, stages=stages
     )
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / FILE_NAME).exists() and not (folder / ".secateur").exists()
 
 
 def _begin(between: Path, recipes: Sequence[Recipe], resume: bool) -> None:

@@ -15,7 +15,6 @@ from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.resized import resized_config
 from secateur.anatomy.resolve import resolve_config
 from secateur.calibration.driver import OpenBlock
-from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.writer import read_part
 from secateur.pipeline.matrices import statistics_of
 from secateur.pipeline.state import Run, part_name
@@ -42,9 +41,7 @@ class Choice:
 
     @property
     def removed(self) -> Tensor:
-        gone = torch.ones(self.units.count, dtype=torch.bool)
-        gone[self.kept] = False
-        return gone.nonzero().squeeze(1)
+        return self.units.others(self.kept)
 
 
 class Cutter:
@@ -101,10 +98,10 @@ class Cutter:
         started = time.perf_counter()
         own = self.choices[opened.index]
         notes = self._refit(opened) if refits else [{} for _ in own]
-        stored = self._as_stored(opened)
-        smaller = cut_block(opened.block, stored, self.kept[opened.index])
+        _, whole = self.run.as_stored(opened)
+        smaller = cut_block(opened.block, whole, self.kept[opened.index])
         for choice in own:
-            self._add_bias(choice, stored, smaller)
+            self._add_bias(choice, whole, smaller)
         loss = opened.finish()
         rows = [
             self._row(choice, note).model_dump(mode="json") for choice, note in zip(own, notes, strict=True)
@@ -117,7 +114,7 @@ class Cutter:
     def _refit(self, opened: OpenBlock) -> list[dict[str, float]]:
         """Least squares on the columns that stay, in place; the others become zero, which is what their
         removal means to the rest."""
-        observed = opened.observe({"hessian"})
+        observed = opened.observe({"hessian"}, sites=self._sites(opened.index))
         notes = []
         for choice in self.choices[opened.index]:
             view = choice.units.writer.view(opened.parameters)
@@ -130,18 +127,8 @@ class Cutter:
             notes.append({"damping": damping} if damping > DAMPING else {})
         return notes
 
-    def _as_stored(self, opened: OpenBlock) -> dict[str, Tensor]:
-        """The block in the dtypes of its file; what propagates is rounded alike."""
-        checkpoint, layout = self.run.opened.checkpoint, self.run.opened.layout
-        stored = {
-            name: tensor.detach().to("cpu", torch_dtype(checkpoint.tensors[name].dtype))
-            for name, tensor in layout.disassemble(opened.index, opened.parameters).items()
-        }
-        whole = layout.assemble(opened.index, stored)
-        with torch.no_grad():
-            for name, tensor in whole.items():
-                opened.parameters[name].copy_(tensor)
-        return whole
+    def _sites(self, index: int) -> set[str]:
+        return {choice.units.writer.input for choice in self.choices[index]}
 
     def _add_bias(self, choice: Choice, dense: dict[str, Tensor], smaller: dict[str, Tensor]) -> None:
         """The mean of what is gone, on top of a bias that is there."""

@@ -9,19 +9,15 @@ from torch import Tensor
 
 from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.resolve import resolve_config
-from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
-from secateur.checkpoint.safetensors_header import read_header
 from secateur.core.errors import AnatomyError, RecipeError
 from secateur.pipeline.opened import Opened
-from secateur.pipeline.state import Outcome, Run
+from secateur.pipeline.state import SCORES, Outcome, Run
 from secateur.pipeline.watching import BlockWatch
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 from secateur.structure.base import BlockStates, DepthMethod
 
 __all__ = ["check_depth", "prune_depth"]
-
-SCORES = "scores.safetensors"
 
 
 def check_depth(opened: Opened, method: DepthMethod, recipe: Recipe) -> None:
@@ -43,7 +39,7 @@ def prune_depth(run: Run, method: DepthMethod) -> Outcome:
     """
     blocks, checkpoint = run.opened.anatomy.blocks, run.opened.checkpoint
     count = _count(len(blocks), run.recipe.resolved_sparsity)
-    found = _states(run)
+    found = run.remembered(lambda: _states(run))
     gone = method.choose(BlockStates(**found), count)
     kept = [block.index for block in blocks if block.index not in gone]
     updates = _shorter(checkpoint.config, len(blocks), kept)
@@ -81,10 +77,7 @@ def _count(blocks: int, sparsity: float) -> int:
 
 
 def _states(run: Run) -> dict[str, Tensor]:
-    """Influence of the blocks and angles between depths, of this run or the one that was interrupted."""
-    path = run.scratch / SCORES
-    if path.exists():
-        return read_tensors(path, read_header(path).values())
+    """Influence of the blocks and angles between depths, from one pass over the dense model."""
     watch = BlockWatch()
     driver = run.driver()
     with run.progress.task("watching the dense model", len(run.opened.anatomy.blocks)) as task:
@@ -92,10 +85,7 @@ def _states(run: Run) -> dict[str, Tensor]:
             watch.next_block()
             opened.finish(watch)
             task.advance()
-    found = watch.states(run.group)
-    if run.writer:
-        save_tensors(run.writer.workspace / SCORES, found)
-    return found
+    return watch.states(run.group)
 
 
 def _shorter(config: dict[str, Any], count: int, kept: list[int]) -> dict[str, Any]:
@@ -105,7 +95,7 @@ def _shorter(config: dict[str, Any], count: int, kept: list[int]) -> dict[str, A
         raise AnatomyError("a config that does not say how many blocks there are", "num_hidden_layers")
     updates: dict[str, Any] = {key: len(kept)}
     for name, value in config.items():
-        if isinstance(value, list) and len(value) == count:
+        if isinstance(value, list) and len(value) == count and not name.endswith("token_id"):
             updates[name] = [value[index] for index in kept]
     if "per_layer_config" in config:
         own = config["per_layer_config"]

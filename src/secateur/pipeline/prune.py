@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -139,6 +140,8 @@ def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]
         flat |= {f"{key}.{name}": item for name, item in nested.items()} or {key: value}
     flat["model_fingerprint"] = opened.checkpoint.fingerprint()
     flat["calibration_sha256"] = data.calibration.sha256
+    if recipe.scores is not None:
+        flat["scores_sha256"] = hashlib.sha256(Path(recipe.scores).read_bytes()).hexdigest()
     return flat
 
 

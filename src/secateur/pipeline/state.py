@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.distributed import Group
-from secateur.calibration.driver import Driver
+from secateur.calibration.driver import Driver, OpenBlock
+from secateur.checkpoint.safetensors_file import read_tensors, save_tensors, torch_dtype
+from secateur.checkpoint.safetensors_header import read_header
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.method import Method
 from secateur.core.progress import Progress
@@ -20,7 +22,9 @@ from secateur.pipeline.opened import Opened
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 
-__all__ = ["Outcome", "Run", "part_name"]
+__all__ = ["SCORES", "Outcome", "Run", "part_name"]
+
+SCORES = "scores.safetensors"
 
 
 @dataclass
@@ -58,6 +62,33 @@ class Run:
             parts = self.group.broadcast(parts)
         indices = range(len(self.opened.anatomy.blocks))
         return {index: parts[part_name(index)] for index in indices if part_name(index) in parts}
+
+    def as_stored(self, block: OpenBlock) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Round a block to the dtypes of its file, so that what propagates is what is written.
+
+        Returns:
+            Its tensors by name on disk, and by name inside the block.
+        """
+        checkpoint, layout = self.opened.checkpoint, self.opened.layout
+        stored = {
+            name: tensor.detach().to("cpu", torch_dtype(checkpoint.tensors[name].dtype))
+            for name, tensor in layout.disassemble(block.index, block.parameters).items()
+        }
+        whole = layout.assemble(block.index, stored)
+        with torch.no_grad():
+            for name, tensor in whole.items():
+                block.parameters[name].copy_(tensor)
+        return stored, whole
+
+    def remembered(self, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Scores of the run that was interrupted, or new ones, which the next resume finds."""
+        path = self.scratch / SCORES
+        if path.exists():
+            return read_tensors(path, read_header(path).values())
+        found = find()
+        if self.writer:
+            save_tensors(self.writer.workspace / SCORES, found)
+        return found
 
     def keep(self, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Make a finished block durable."""

@@ -13,13 +13,11 @@ from torch import Tensor
 from secateur.anatomy.cut import cut_shapes
 from secateur.anatomy.resized import is_stock, resized_config
 from secateur.calibration.driver import OpenBlock
-from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
-from secateur.checkpoint.safetensors_header import read_header
 from secateur.core.errors import InputError, RecipeError
 from secateur.pipeline.cutting import Choice, Cutter
 from secateur.pipeline.matrices import generator_for, statistics_of
 from secateur.pipeline.opened import Opened
-from secateur.pipeline.state import Outcome, Run
+from secateur.pipeline.state import SCORES, Outcome, Run
 from secateur.pipeline.watching import BlockWatch
 from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, allocate
@@ -28,9 +26,6 @@ from secateur.structure.units import Units, kept_spaces, producers
 
 __all__ = ["check_structure", "prune_structure"]
 
-SCORES = "scores.safetensors"
-PLANNING = ("spread", "targets", "compensate", "min_keep", "round_to", "sharpness")
-"""Options that scores do not depend on."""
 UNEQUAL = "Blocks differ in size: load it after `import secateur`, or with trust_remote_code=True."
 
 
@@ -96,13 +91,14 @@ def _groups(opened: Opened, method: StructureMethod) -> list[tuple[int, Units]]:
 
 
 def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
-    """Scores (`3.ffn`) and mean inputs (`3.ffn.mean`), from one pass over the dense model or from the run
-    that was interrupted."""
+    """Scores (`3.ffn`) and mean inputs (`3.ffn.mean`), from one pass over the dense model unless they are
+    given, or left by the run that was interrupted."""
     if run.recipe.scores is not None:
         return _given(run.opened, method, Path(run.recipe.scores))
-    path = run.scratch / SCORES
-    if path.exists():
-        return read_tensors(path, read_header(path).values())
+    return run.remembered(lambda: _score(run, method))
+
+
+def _score(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     driver, watch = run.driver(), BlockWatch() if method.spread == "sigmoid" else None
     blocks = driver.blocks(forward=bool(method.statistics or watch), outputs=watch is not None)
@@ -115,14 +111,12 @@ def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
             task.advance()
     if watch:
         found["turns"] = watch.states(run.group)["turns"]
-    if run.writer:
-        save_tensors(run.writer.workspace / SCORES, found)
     return found
 
 
 def _origin(opened: Opened, method: StructureMethod) -> dict[str, str]:
-    """What scores hold for."""
-    settings = method.model_dump_json(exclude=set(PLANNING))
+    """What scores hold for: the options that all methods share are about what is made of them."""
+    settings = method.model_dump_json(exclude=set(StructureMethod.model_fields))
     return {"model": opened.checkpoint.fingerprint(), "method": method.id, "options": settings}
 
 
@@ -152,10 +146,11 @@ def _needed(opened: Opened, method: StructureMethod) -> list[str]:
 
 
 def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[str, Tensor]:
-    needs = method.statistics
-    observed = opened.observe(needs, record_output=False) if needs else {}
+    needs, kinds = method.statistics, method.units(opened.block)
+    sites = {units.writer.input for units in kinds}
+    observed = opened.observe(needs, sites=sites, record_output=False) if needs else {}
     found: dict[str, Tensor] = {}
-    for units in method.units(opened.block):
+    for units in kinds:
         name = f"{opened.index}.{units.kind}"
         inputs = statistics_of(units.writer, observed)
         weight = units.writer.view(opened.parameters).float()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
-from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.writer import read_part
 from secateur.pipeline.blocks import gradients_for, prune_blocks
 from secateur.pipeline.budget import budget_as_json, budget_from_json, plan_budget, uniform_budget
@@ -50,15 +48,7 @@ def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | Non
 
 
 def _store(run: Run, block: OpenBlock) -> Callable[[dict[str, Any]], None]:
-    """Round the block to the dtypes of its file, so that what propagates is what is written."""
-    checkpoint, layout = run.opened.checkpoint, run.opened.layout
-    stored = {
-        name: tensor.detach().to("cpu", torch_dtype(checkpoint.tensors[name].dtype))
-        for name, tensor in layout.disassemble(block.index, block.parameters).items()
-    }
-    with torch.no_grad():
-        for name, tensor in layout.assemble(block.index, stored).items():
-            block.parameters[name].copy_(tensor)
+    stored, _ = run.as_stored(block)
     return lambda record: run.keep(block.index, stored, record)
 
 

@@ -71,7 +71,7 @@ def allocate(
             budgets = _by_angle(groups, budget, angles.double(), method.sharpness)
         removed = _lowest(groups, _spread(groups, budgets, method))
     _check_reached(groups, removed, sparsity, sum(sizes), method)
-    return [_complement(gone, group.units.count) for gone, group in zip(removed, groups, strict=True)]
+    return [group.units.others(gone) for gone, group in zip(removed, groups, strict=True)]
 
 
 def _check_reached(
@@ -79,14 +79,11 @@ def _check_reached(
 ) -> None:
     """Refuse a share that whole units do not come near, where no channels are there to make up for heads."""
     freed = sum(len(gone) * group.units.parameters for group, gone in zip(groups, removed, strict=True))
-    if (
-        any(group.units.kind.endswith("ffn") for group in groups)
-        or abs(freed / total - sparsity) <= TOLERANCE
-    ):
+    near = freed / total
+    if any(group.units.kind.endswith("ffn") for group in groups) or abs(near - sparsity) <= TOLERANCE:
         return
     step = min(group.units.parameters for group in groups) / total
     step *= 1 if method.spread == "global" else len({group.block for group in groups})
-    near = freed / total
     others = [near - step, near, near + step]
     raise RecipeError(
         f"sparsity {sparsity:g} of heads alone",
@@ -172,11 +169,3 @@ def _comparable(scores: Tensor, method: StructureMethod) -> Tensor:
         return scores
     spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
     return (scores - scores.mean()) / spread if float(spread) > 0 else scores * 0
-
-
-def _complement(removed: Tensor, count: int) -> Tensor:
-    import torch
-
-    stays = torch.ones(count, dtype=torch.bool)
-    stays[removed] = False
-    return stays.nonzero().squeeze(1)

@@ -41,6 +41,14 @@ class Units:
         """(count, width) from one number a column of `writer`."""
         return channels.view(self.count, self.width)
 
+    def others(self, units: Tensor) -> Tensor:
+        """The units that are not among these, sorted int64."""
+        import torch
+
+        rest = torch.ones(self.count, dtype=torch.bool)
+        rest[units] = False
+        return rest.nonzero().squeeze(1)
+
     def columns(self, units: Tensor) -> Tensor:
         """The columns of `writer` that belong to these units, in their order."""
         import torch
