@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -75,7 +77,13 @@ class Group:
         received: Any = json.loads(data.cpu().numpy().tobytes())
         return received  # type: ignore[no-any-return]
 
-    def close(self) -> None:
-        """Leave the group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device) -> Iterator[Group | None]:
+        """The group for as long as it is needed; a process that ends inside it may be aborted by its threads."""
+        started_before = dist.is_available() and dist.is_initialized()
+        try:
+            yield cls.from_environment(device)
+        finally:
+            if dist.is_available() and dist.is_initialized() and not started_before:
+                dist.destroy_process_group()

@@ -67,32 +67,33 @@ def prune_checkpoint(
     dense = dense or opened
     method = checked_method(opened, recipe)
     device = local_device(choose_device(recipe.device))
-    group = Group.from_environment(device)
-    first = group is None or group.rank == 0
-    if first:
-        CheckpointWriter.check(out, opened.checkpoint, resume=resume)
-    cache = out / ".secateur" / "scratch"
-    data = load_run_data(dense, recipe, progress, cache=cache if resume else None)
-    marks = fingerprint(recipe, opened, data)
-    writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume) if first else None
-    with writer or nullcontext():
-        if writer and writer.merged:
-            writer.finish()
-            return Report.load(out)
-        if writer:
-            save_cache(data, writer.workspace)
-        dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
-        run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer)
-        outcome = prune_blocks_of(run)
-        if writer is None:
-            return None
-        _copy_outer(run, writer)
-        pruned = open_model(writer.assemble(config_updates=outcome.config_updates, dropped=outcome.dropped))
-        pruned.share_outer(dense)
-        report = _judge(run, (dense, pruned), outcome, marks, command, started)
-        report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
-        writer.finish(extra={**outcome.files, **_files(report, opened, outcome)})
-        return report
+    with Group.joined(device) as group:
+        first = group is None or group.rank == 0
+        if first:
+            CheckpointWriter.check(out, opened.checkpoint, resume=resume)
+        cache = out / ".secateur" / "scratch"
+        data = load_run_data(dense, recipe, progress, cache=cache if resume else None)
+        marks = fingerprint(recipe, opened, data)
+        writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume) if first else None
+        with writer or nullcontext():
+            if writer and writer.merged:
+                writer.finish()
+                return Report.load(out)
+            if writer:
+                save_cache(data, writer.workspace)
+            dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
+            run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer)
+            outcome = prune_blocks_of(run)
+            if writer is None:
+                return None
+            _copy_outer(run, writer)
+            folder = writer.assemble(config_updates=outcome.config_updates, dropped=outcome.dropped)
+            pruned = open_model(folder)
+            pruned.share_outer(dense)
+            report = _judge(run, (dense, pruned), outcome, marks, command, started)
+            report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
+            writer.finish(extra={**outcome.files, **_files(report, opened, outcome)})
+            return report
 
 
 def _judge(
