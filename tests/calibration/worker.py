@@ -46,14 +46,13 @@ def results(part: Windows, group: Group | None, folder: Path) -> dict[str, Tenso
 
 
 def main(folder: Path) -> None:
-    group = Group.from_environment(torch.device("cpu"))
-    assert group is not None
-    sent = {"parts": ["block-00000"], "loss": 0.1, "none": None}
-    assert group.broadcast(sent if group.rank == 0 else {}) == sent
-    found = results(windows().shard(group.rank, group.world), group, folder / "gradients")
-    save_file(found, folder / f"process-{group.rank}.safetensors")
-    group.barrier()
-    group.close()
+    with Group.joined(torch.device("cpu")) as group:
+        assert group is not None
+        sent = {"parts": ["block-00000"], "loss": 0.1, "none": None}
+        assert group.broadcast(sent if group.rank == 0 else {}) == sent
+        found = results(windows().shard(group.rank, group.world), group, folder / "gradients")
+        save_file(found, folder / f"process-{group.rank}.safetensors")
+        group.barrier()
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Group:
     @classmethod
     @contextmanager
     def joined(cls, device: torch.device) -> Iterator[Group | None]:
-        """The group for as long as it is needed; a process that ends inside it may be aborted by its threads."""
+        """The group for as long as needed; a process that ends inside it may be aborted by its threads."""
         started_before = dist.is_available() and dist.is_initialized()
         try:
             yield cls.from_environment(device)
