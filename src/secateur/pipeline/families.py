@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from secateur.core.method import METHODS, Method
-from secateur.pipeline.budget import check_pattern_fits
 from secateur.pipeline.depth_run import check_depth, prune_depth
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import check_structure, prune_structure
-from secateur.pipeline.weights_run import prune_weights
+from secateur.pipeline.weights_run import check_weights, prune_weights
 from secateur.recipe import Recipe
 from secateur.structure.base import DepthMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["checked_method", "prune_blocks_of"]
+
+
+class _Way(NamedTuple):
+    """How methods of one base class run.
+
+    Attributes:
+        base: the class.
+        check: `check(opened, method, recipe)` refuses, before a weight is read, what cannot be done.
+        prune: `prune(run, method)` writes all blocks.
+    """
+
+    base: type[Method]
+    check: Callable[[Opened, Any, Recipe], None]
+    prune: Callable[[Run, Any], Outcome]
+
+
+WAYS = (
+    _Way(WeightMethod, check_weights, prune_weights),
+    _Way(StructureMethod, check_structure, prune_structure),
+    _Way(DepthMethod, check_depth, prune_depth),
+)
+"""The first whose base class a method has is its way."""
 
 
 def checked_method(opened: Opened, recipe: Recipe) -> Method:
@@ -23,22 +47,17 @@ def checked_method(opened: Opened, recipe: Recipe) -> Method:
         InputError: what this method cannot do with this model.
     """
     method: Method = METHODS.get(recipe.method).from_options(recipe.options)
-    if isinstance(method, WeightMethod):
-        check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
-    elif isinstance(method, StructureMethod):
-        check_structure(opened, method, recipe)
-    elif isinstance(method, DepthMethod):
-        check_depth(opened, method, recipe)
+    _way(method).check(opened, method, recipe)
     return method
 
 
 def prune_blocks_of(run: Run) -> Outcome:
     """Write all blocks, by the way of the method's family."""
-    method = run.method
-    if isinstance(method, WeightMethod):
-        return prune_weights(run, method)
-    if isinstance(method, StructureMethod):
-        return prune_structure(run, method)
-    if isinstance(method, DepthMethod):
-        return prune_depth(run, method)
+    return _way(run.method).prune(run, run.method)
+
+
+def _way(method: Method) -> _Way:
+    for way in WAYS:
+        if isinstance(method, way.base):
+            return way
     raise TypeError(f"no way to run methods of family {method.family!r}")

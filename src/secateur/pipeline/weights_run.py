@@ -11,12 +11,25 @@ from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
 from secateur.checkpoint.writer import read_part
 from secateur.pipeline.blocks import gradients_for, prune_blocks
-from secateur.pipeline.budget import budget_as_json, budget_from_json, plan_budget, uniform_budget
+from secateur.pipeline.budget import (
+    budget_as_json,
+    budget_from_json,
+    check_pattern_fits,
+    plan_budget,
+    uniform_budget,
+)
 from secateur.pipeline.matrices import Budget
+from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run, part_name
+from secateur.recipe import Recipe
 from secateur.weights.base import WeightMethod
 
-__all__ = ["prune_weights"]
+__all__ = ["check_weights", "prune_weights"]
+
+
+def check_weights(opened: Opened, method: WeightMethod, recipe: Recipe) -> None:
+    """Refuse a pattern that this model or method cannot have. Raises `RecipeError`."""
+    check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
 
 
 def prune_weights(run: Run, method: WeightMethod) -> Outcome:
