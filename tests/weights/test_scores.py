@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from secateur.anatomy.permute import Reorder
 from secateur.core.method import METHODS
 from secateur.core.pattern import Pattern
 from secateur.core.selection import select
@@ -76,17 +77,40 @@ def test_ria_permutes_only_what_can_be_folded() -> None:
     plain = Ria().prune(problem)
     refused = Ria(permutation="hungarian").prune(problem)
     assert torch.equal(plain.kept, refused.kept)
-    assert refused.permutation is None
+    assert refused.orders is None
     assert "cannot be folded" in refused.fallbacks[0]
 
-    problem.permutable = True
+    problem.reorder = Reorder("ffn", 1, 1, 32, inside=False)
     solution = Ria(permutation="hungarian").prune(problem)
-    order = solution.permutation
-    assert order is not None
+    assert solution.orders is not None
+    order = solution.orders[0]
     assert torch.equal(order.sort().values, torch.arange(32))
     assert (solution.kept[:, order].view(16, -1, 4).sum(-1) == 2).all()
     scores = Ria().score(problem)
     assert (scores * solution.kept).sum() > (scores * plain.kept).sum()
+
+
+def test_ria_reorders_inside_value_heads_that_query_heads_share() -> None:
+    problem = make_problem(16, 32, pattern="2:4")
+    problem.reorder = Reorder("kv_heads", 2, 2, 8, inside=True)
+    solution = Ria(permutation="hungarian").prune(problem)
+    assert solution.orders is not None
+    assert solution.orders.shape == (2, 8)
+    first, second = (own.tolist() for own in solution.orders)
+    heads = [first, [8 + at for at in first], [16 + at for at in second], [24 + at for at in second]]
+    order = torch.tensor(heads).flatten()
+    assert torch.equal(problem.reorder.columns(solution.orders), order)
+    assert (solution.kept[:, order].view(16, -1, 4).sum(-1) == 2).all()
+    scores = Ria().score(problem)
+    assert (scores * solution.kept).sum() > (scores * Ria().prune(problem).kept).sum()
+
+
+def test_ria_leaves_heads_alone_that_groups_do_not_divide() -> None:
+    problem = make_problem(16, 24, pattern="2:4")
+    problem.reorder = Reorder("kv_heads", 4, 1, 6, inside=True)
+    solution = Ria(permutation="snake").prune(problem)
+    assert solution.orders is None
+    assert "cannot be folded" in solution.fallbacks[0]
 
 
 def test_ria_unstructured_ignores_the_permutation() -> None:

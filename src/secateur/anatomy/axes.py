@@ -74,5 +74,6 @@ def _segment(term: ast.expr, spaces: Mapping[str, int], sizes: Mapping[str, int]
     first, *rest = _flatten(term, ast.Mult)
     unit = prod(_value(factor, known) or 0 for factor in rest)
     if isinstance(first, ast.Name) and first.id in spaces:
-        return Segment(first.id, spaces[first.id], unit)
+        inner = rest[-1].id if rest and isinstance(rest[-1], ast.Name) else None
+        return Segment(first.id, spaces[first.id], unit, inner)
     return Segment(None, (_value(first, known) or 0) * unit, 1)

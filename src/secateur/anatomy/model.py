@@ -21,12 +21,14 @@ class Segment:
     """`count` consecutive units of `unit` entries each, in the space they can be sliced along.
 
     8 heads of 16 rows are `Segment("heads", 8, 16)`; gate and up rows that take turns are
-    `Segment("ffn", F, 2)`. `space` is `None` where nothing may be cut.
+    `Segment("ffn", F, 2)`. `space` is `None` where nothing may be cut. `inner` names what the entries of a
+    unit are, if the family file has a word for that (`value_dim`).
     """
 
     space: str | None
     count: int
     unit: int
+    inner: str | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.anatomy.model import Matrix
-from secateur.anatomy.permute import permutable_space, permute
+from secateur.anatomy.permute import permute, reorder_of
 from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import NumericsError
 from secateur.core.pattern import Pattern
@@ -94,14 +94,14 @@ def _prune_matrix(
         sparsity=budget.of(opened.index, matrix.name),
         gradient=None if gradient is None else gradient.to(view.device, torch.float32),
         generator=generator_for(seed, name),
-        permutable=(space := permutable_space(matrix)) is not None,
+        reorder=reorder_of(opened.block, matrix),
     )
     solution = solve(method, problem)
     loss = reconstruction_loss(problem.weight, solution.weight, inputs, rows=LOSS_ROWS)
     with torch.no_grad():
         view.copy_(solution.weight)
-    if solution.permutation is not None and space is not None:
-        permute(opened.block, opened.parameters, space, solution.permutation)
+    if solution.orders is not None and problem.reorder is not None:
+        permute(opened.block, opened.parameters, problem.reorder, solution.orders)
     return Layer(
         block=opened.index,
         matrix=matrix.name,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from secateur.anatomy.permute import Reorder
+
 __all__ = ["OtherMethod", "Problem", "Solution", "WeightMethod", "input_norms", "register", "weight_method"]
 
 
@@ -34,7 +36,7 @@ class Problem:
         sparsity: fraction to remove.
         gradient: (out, in) float32 accumulated gradient magnitude, where the method asked for it.
         generator: seeded for this very matrix, independent of the order of work.
-        permutable: the caller can reorder the inputs and fold that into whatever produces them.
+        reorder: how the inputs may be reordered, where the caller can fold that into what produces them.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Problem:
     sparsity: float
     gradient: Tensor | None = None
     generator: torch.Generator | None = None
-    permutable: bool = False
+    reorder: Reorder | None = None
 
 
 @dataclass
@@ -56,15 +58,15 @@ class Solution:
         kept: (out, in) bool.
         notes: numbers worth reporting (iterations, losses).
         fallbacks: what had to be done differently than asked, one plain phrase each.
-        permutation: (in,) int64 order of the inputs in which `kept` holds an N:M pattern, where that is
-            not the stored one (only for a `permutable` problem).
+        orders: (parts, width) int64 new order of the inputs, in which `kept` holds an N:M pattern, where
+            that is not the stored one (only for a problem with a `reorder`).
     """
 
     weight: Tensor
     kept: Tensor
     notes: dict[str, float] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
-    permutation: Tensor | None = None
+    orders: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor, kept: Tensor, **rest: Any) -> Solution:

@@ -14,6 +14,8 @@ from secateur.weights.base import Problem, Solution, WeightMethod, input_norms, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from secateur.anatomy.permute import Reorder
+
 __all__ = ["Ria"]
 
 
@@ -46,19 +48,25 @@ class Ria(WeightMethod):
     def prune(self, problem: Problem) -> Solution:
         if self.permutation == "none" or problem.pattern.kind != "n:m":
             return super().prune(problem)
-        if not problem.permutable:
+        if problem.reorder is None or problem.reorder.width % problem.pattern.of:
             solution = super().prune(problem)
             solution.fallbacks.append(
                 "inputs left in their stored order: another one cannot be folded into what produces them"
             )
             return solution
-        return self._prune_permuted(problem)
+        return self._prune_permuted(problem, problem.reorder)
 
-    def _prune_permuted(self, problem: Problem) -> Solution:
+    def _prune_permuted(self, problem: Problem, reorder: Reorder) -> Solution:
+        import torch
+
         from secateur.core.selection import select_groups
         from secateur.weights.permutation import best_permutation
 
         scores = self.score(problem)
-        order = best_permutation(scores, problem.pattern, self.permutation)
+        parts = scores.view(-1, reorder.parts, reorder.together, reorder.width).transpose(1, 2).flatten(0, 1)
+        orders = torch.stack(
+            [best_permutation(part, problem.pattern, self.permutation) for part in parts.unbind(1)]
+        )
+        order = reorder.columns(orders)
         kept = select_groups(scores[:, order], problem.pattern)[:, order.argsort()]
-        return Solution.of(problem.weight, kept, permutation=order)
+        return Solution.of(problem.weight, kept, orders=orders)
