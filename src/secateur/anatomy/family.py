@@ -15,7 +15,10 @@ from secateur.core.errors import AnatomyError
 __all__ = ["Family", "MatrixEntry", "known_families", "listed", "load_family"]
 
 _FOLDER = resources.files("secateur.anatomy") / "families"
-_SECTIONS = ("spaces", "sizes", "matrices", "vectors", "files", "outer", "when", "aliases", "defaults")
+_SECTIONS = (
+    *("spaces", "sizes", "matrices", "vectors", "parts", "files", "outer", "when", "aliases"),
+    "defaults",
+)
 _NULL_IS_A_VALUE = "defaults"
 
 
@@ -71,6 +74,10 @@ class Family(_Entry):
         sizes: other numbers that shapes are made of.
         matrices: by module path inside the block. Their biases need no mention.
         vectors: all other parameters and persistent buffers of a block, with one axis expression a dimension.
+        parts: sub-blocks that add to the residual stream, `self_attn` and `mlp` -> the modules that serve
+            nothing else, each with what stands in for its output when the part is removed: its `input`,
+            `zeros`, or a `pair` of zeros and nothing.
+        parts_when: condition without which the parts of a block cannot be removed.
         files: parameters that are stored under other names than in memory.
 
     The rest is needed only to say from `config.json` alone, without the model, what the model is made of:
@@ -95,6 +102,8 @@ class Family(_Entry):
     sizes: dict[str, str | list[str]] = {}
     matrices: dict[str, MatrixEntry]
     vectors: dict[str, str | list[str]]
+    parts: dict[str, dict[str, Literal["input", "zeros", "pair"]]] = {}
+    parts_when: str = ""
     files: dict[str, list[str]] = {}
     outer: dict[str, str | list[str]] = {}
     when: dict[str, str | bool] = {}
