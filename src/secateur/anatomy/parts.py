@@ -1,4 +1,4 @@
-"""The parts of a block that add to the residual stream, attention and feed-forward, and blocks without them."""
+"""The parts of a block that add to the residual stream, and blocks without them."""
 
 from __future__ import annotations
 

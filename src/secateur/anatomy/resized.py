@@ -14,7 +14,7 @@ from secateur.anatomy.skeleton import build_meta
 from secateur.core.errors import AnatomyError
 from secateur.loading import MODEL_TYPE, REMOTE_CODE
 
-__all__ = ["is_stock", "resized_config"]
+__all__ = ["is_stock", "own_class", "resized_config"]
 
 Sizes = Mapping[str, int]
 """By space, its size in one block."""
@@ -51,13 +51,7 @@ def resized_config(
         return stock
     updates = {
         **fixed,
-        "model_type": MODEL_TYPE,
-        "base_model_type": config.get("base_model_type", config["model_type"]),
-        "architectures": ["SecateurForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{REMOTE_CODE.removesuffix('.py')}.SecateurConfig",
-            "AutoModelForCausalLM": f"{REMOTE_CODE.removesuffix('.py')}.SecateurForCausalLM",
-        },
+        **own_class(config),
         "per_layer_config": {str(index): block for index, block in enumerate(own)},
         "block_biases": list(dict.fromkeys([*config.get("block_biases", ()), *biases])),
     }
@@ -69,6 +63,20 @@ def resized_config(
             "remove feed-forward channels only: -O targets=ffn",
         )
     return updates
+
+
+def own_class(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of config.json that let the class of secateur load the model."""
+    module = REMOTE_CODE.removesuffix(".py")
+    return {
+        "model_type": MODEL_TYPE,
+        "base_model_type": config.get("base_model_type", config["model_type"]),
+        "architectures": ["SecateurForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.SecateurConfig",
+            "AutoModelForCausalLM": f"{module}.SecateurForCausalLM",
+        },
+    }
 
 
 def is_stock(config: Mapping[str, Any]) -> bool:

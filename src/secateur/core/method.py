@@ -23,6 +23,7 @@ ROOMS = {
         "osscar",
         "cfsp",
         "shortgpt",
+        "blockpruner",
     ),
 }
 """The methods that come with secateur; each is a file of its room."""
@@ -51,6 +52,7 @@ class Method(BaseModel):
         removes: the unit that goes.
         effect: what a user may expect of the result, in one plain sentence.
         needs: statistics that calibration must collect.
+        reads_text: calibration text is looked at even without statistics of single matrices.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +63,7 @@ class Method(BaseModel):
     removes: ClassVar[str]
     effect: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    reads_text: ClassVar[bool] = False
 
     @property
     def statistics(self) -> frozenset[Statistic]:

@@ -5,8 +5,8 @@ This file needs transformers alone. secateur registers it when it is imported, a
 checkpoint with blocks of unequal sizes, for `trust_remote_code=True` where secateur is not installed.
 
 The config is that of the family, with `per_layer_config` for the sizes of single blocks and what they `skip`,
-`block_parts` for the modules that a skipped part consists of, and `block_biases` for matrices that have a bias
-which the family's class would not give them.
+`block_parts` for the modules that a skipped part consists of, and `block_biases` for matrices that have a
+bias which the family's class would not give them.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class _BlocksOfOwnSize:
 
 
 class StandIn(nn.Module):
-    """Takes the place of a module whose part of the block is removed; nothing is added to the residual stream.
+    """Takes the place of a module whose part of the block is removed: the residual stream passes.
 
     Args:
         gives: its `input`, `zeros`, or a `pair` of zeros and no attention weights.
