@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Literal, cast, get_args
@@ -127,6 +128,20 @@ class Family(_Entry):
         """The bias that each matrix outside the experts may have -> its matrix."""
         return {f"{path}.bias": path for path, entry in self.matrices.items() if not entry.experts}
 
+    @cached_property
+    def bias_switches(self) -> dict[str, str]:
+        """Biases that are there if and only if one config key is true -> that key."""
+        asked = {name: self.conditions(name) for name in self.biases}
+        return {
+            name: found[0]
+            for name, found in asked.items()
+            if len(found) == 1 and isinstance(found[0], str) and found[0].isidentifier()
+        }
+
+    def conditions(self, name: str) -> list[str | bool]:
+        """What `when` says about a parameter."""
+        return [condition for pattern, condition in self.when.items() if _matches(pattern, name)]
+
 
 def known_families() -> tuple[str, ...]:
     """Model types with a family file."""
@@ -159,6 +174,12 @@ def _merged(name: str) -> dict[str, Any]:
         kept = section == _NULL_IS_A_VALUE
         merged[section] = {key: value for key, value in entries.items() if kept or value is not None}
     return merged
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Part by part: `*` does not reach over a dot."""
+    patterns, parts = pattern.split("."), name.split(".")
+    return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))
 
 
 def listed(value: str | list[str]) -> list[str]:

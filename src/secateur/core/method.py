@@ -87,9 +87,9 @@ class Method(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            raise RecipeError(
-                f"option {name}={first['input']!r} of {cls.id!r}", first["msg"].lower()
-            ) from error
+            seen = f"option {name}={first['input']!r}" if name else "options"
+            message = first["msg"].removeprefix("Value error, ").lower()
+            raise RecipeError(f"{seen} of {cls.id!r}", message) from error
 
 
 METHODS: Registry[type[Method]] = Registry(

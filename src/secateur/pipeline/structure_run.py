@@ -110,8 +110,8 @@ def _score(run: Run, method: StructureMethod) -> dict[str, Tensor]:
 
 
 def _origin(opened: Opened, method: StructureMethod) -> dict[str, str]:
-    """The options that all methods share are about what is made of scores."""
-    return origin_of(opened, method, exclude=set(StructureMethod.model_fields))
+    """The options that all methods share are about what is made of scores, as are some of its own."""
+    return origin_of(opened, method, exclude=method.unscored.union(StructureMethod.model_fields))
 
 
 def _given(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Tensor]:

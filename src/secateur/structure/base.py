@@ -61,12 +61,14 @@ class StructureMethod(Method):
 
     Class variables:
         comparable: scores of different blocks and kinds mean the same and need not be standardised.
+        unscored: own options that scores do not depend on.
     """
 
     family: ClassVar[str] = "structure"
     removes: ClassVar[str] = "attention heads with their key-value head, and feed-forward channels"
     effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
     comparable: ClassVar[bool] = False
+    unscored: ClassVar[frozenset[str]] = frozenset()
 
     spread: Spread = Field(
         "uniform",
@@ -93,6 +95,13 @@ class StructureMethod(Method):
     def score(self, problem: UnitProblem) -> Tensor:
         """(count,) importance of each unit; the smallest go."""
         raise NotImplementedError
+
+    def refine(self, problem: UnitProblem, kept: Tensor) -> Tensor:
+        """Units to keep instead, as many (sorted int64), once the Hessian of the cut model is there.
+
+        Asked only before least squares; `problem.inputs` then has a Hessian.
+        """
+        return kept
 
 
 @dataclass(frozen=True)
