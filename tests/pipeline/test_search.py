@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,15 +111,17 @@ def test_one_removal_is_an_exhaustive_search(tmp_path: Path) -> None:
 
 
 def test_pieces_that_do_nothing_go_first_and_whole_blocks_vanish(tmp_path: Path) -> None:
-    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=4)
-    dense = dense_of(model)
+    """On a trained model: on a random one other pieces may be worse than nothing."""
+    model, source = tmp_path / "model", Path(secateur.inspect("seedling")["folder"])
+    shutil.copytree(source, model)
+    dense = dense_of(source)
     silence(dense, [(2, "self_attn"), (2, "mlp"), (0, "self_attn")])
     dense.save_pretrained(model)
-    report = prune(model, tmp_path / "out", sparsity=0.34)
+    report = prune(model, tmp_path / "out", sparsity=0.21)
     assert sorted(removed(report)) == [(0, "self_attn"), (2, "mlp"), (2, "self_attn")]
     assert report.kl_divergence == pytest.approx(0, abs=1e-6)
     pruned = dense_of(tmp_path / "out")
-    assert len(pruned.model.layers) == 3
+    assert len(pruned.model.layers) == 5
     assert json.loads((tmp_path / "out" / "config.json").read_text())["per_layer_config"] == {
         "0": {"skip": ["self_attn"]}
     }
