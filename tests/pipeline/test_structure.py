@@ -84,6 +84,34 @@ def test_uniform_sizes_are_the_stock_class_and_no_code(tmp_path: Path, text: str
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "Qwen3ForCausalLM"
 
 
+@pytest.mark.parametrize(("family", "stock"), [("llama", True), ("granite", True), ("qwen2", False)])
+def test_added_biases_are_those_of_the_stock_class_where_it_has_them(
+    family: str, stock: bool, tmp_path: Path, text: str
+) -> None:
+    model = save_tiny(family, tmp_path / "model")
+    out = tmp_path / "out"
+    prune(model, out, text, method="flap", options={"spread": "uniform"})
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"] == family) == stock
+    assert bool(list(out.glob("*.py"))) != stock
+    here = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    attention, mlp = here.model.layers[1].self_attn, here.model.layers[1].mlp
+    assert float(attention.o_proj.bias.detach().abs().sum()) > 0
+    assert float(mlp.down_proj.bias.detach().abs().sum()) > 0
+    if stock:
+        assert config["attention_bias"]
+        assert config["mlp_bias"]
+        for zero in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            assert not zero.bias.detach().any()
+    prune(model, tmp_path / "none", text, method="flap", options={"spread": "uniform", "compensate": "none"})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "none", dtype=torch.float32).eval()
+    for block, other in zip(plain.model.layers, here.model.layers, strict=True):
+        for owner, source in ((block.self_attn, other.self_attn), (block.mlp, other.mlp)):
+            name = "o_proj" if hasattr(owner, "o_proj") else "down_proj"
+            getattr(owner, name).bias = getattr(source, name).bias
+    torch.testing.assert_close(plain(IDS).logits, here(IDS).logits, rtol=1e-5, atol=1e-6)
+
+
 LOAD = """
 import sys, torch
 if sys.argv[2] == "import":
@@ -140,12 +168,19 @@ def test_heads_of_a_family_that_derives_their_width_are_refused(tmp_path: Path, 
     assert report.parameters_after == sum(p.numel() for p in loaded.parameters())
 
 
-@pytest.mark.parametrize("compensate", ["bias", "least_squares"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("wanda-structure", {"compensate": "bias"}),
+        ("wanda-structure", {"compensate": "least_squares"}),
+        ("osscar", {"swaps": 8}),
+    ],
+)
 def test_an_interrupted_run_ends_in_the_same_bytes(
-    compensate: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    method: str, options: dict[str, Any], tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=3, dtype=torch.bfloat16)
-    settings = {"method": "wanda-structure", "options": {"compensate": compensate}}
+    settings = {"method": method, "options": options}
     prune(model, tmp_path / "whole", text, **settings)
     with monkeypatch.context() as patch:
         keep, written = Run.keep, []
@@ -169,6 +204,19 @@ def test_least_squares_beats_silence_in_every_block(tmp_path: Path, text: str) -
     report = prune(model, tmp_path / "out", text, method="osscar")
     assert all(block.loss is not None and 0 < block.loss < 1 for block in report.blocks)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_swaps_change_what_stays_and_never_lose_more_in_the_first_block(tmp_path: Path, text: str) -> None:
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=3)
+    plain = prune(model, tmp_path / "plain", text, method="osscar", options={"rounds": 2})
+    scores = str(tmp_path / "plain" / "scores.safetensors")
+    options = {"rounds": 2, "swaps": 16}
+    swapped = prune(model, tmp_path / "swapped", text, method="osscar", options=options, scores=scores)
+    assert swapped.parameters_after == plain.parameters_after
+    files = [tmp_path / name / "model.safetensors" for name in ("plain", "swapped")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    with pytest.raises(RecipeError, match="least_squares"):
+        prune(model, tmp_path / "out", text, method="osscar", options={"swaps": 4, "compensate": "none"})
 
 
 def test_bad_requests_are_one_line(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:

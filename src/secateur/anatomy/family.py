@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Literal, cast, get_args
@@ -15,7 +16,10 @@ from secateur.core.errors import AnatomyError
 __all__ = ["Family", "MatrixEntry", "known_families", "listed", "load_family"]
 
 _FOLDER = resources.files("secateur.anatomy") / "families"
-_SECTIONS = ("spaces", "sizes", "matrices", "vectors", "files", "outer", "when", "aliases", "defaults")
+_SECTIONS = (
+    *("spaces", "sizes", "matrices", "vectors", "parts", "files", "outer", "when", "aliases"),
+    "defaults",
+)
 _NULL_IS_A_VALUE = "defaults"
 
 
@@ -71,6 +75,10 @@ class Family(_Entry):
         sizes: other numbers that shapes are made of.
         matrices: by module path inside the block. Their biases need no mention.
         vectors: all other parameters and persistent buffers of a block, with one axis expression a dimension.
+        parts: sub-blocks that add to the residual stream, `self_attn` and `mlp` -> the modules that serve
+            nothing else, each with what stands in for its output when the part is removed: its `input`,
+            `zeros`, or a `pair` of zeros and nothing.
+        parts_when: condition without which the parts of a block cannot be removed.
         files: parameters that are stored under other names than in memory.
 
     The rest is needed only to say from `config.json` alone, without the model, what the model is made of:
@@ -95,6 +103,8 @@ class Family(_Entry):
     sizes: dict[str, str | list[str]] = {}
     matrices: dict[str, MatrixEntry]
     vectors: dict[str, str | list[str]]
+    parts: dict[str, dict[str, Literal["input", "zeros", "pair"]]] = {}
+    parts_when: str = ""
     files: dict[str, list[str]] = {}
     outer: dict[str, str | list[str]] = {}
     when: dict[str, str | bool] = {}
@@ -117,6 +127,20 @@ class Family(_Entry):
     def biases(self) -> dict[str, str]:
         """The bias that each matrix outside the experts may have -> its matrix."""
         return {f"{path}.bias": path for path, entry in self.matrices.items() if not entry.experts}
+
+    @cached_property
+    def bias_switches(self) -> dict[str, str]:
+        """Biases that are there if and only if one config key is true -> that key."""
+        asked = {name: self.conditions(name) for name in self.biases}
+        return {
+            name: found[0]
+            for name, found in asked.items()
+            if len(found) == 1 and isinstance(found[0], str) and found[0].isidentifier()
+        }
+
+    def conditions(self, name: str) -> list[str | bool]:
+        """What `when` says about a parameter."""
+        return [condition for pattern, condition in self.when.items() if _matches(pattern, name)]
 
 
 def known_families() -> tuple[str, ...]:
@@ -150,6 +174,12 @@ def _merged(name: str) -> dict[str, Any]:
         kept = section == _NULL_IS_A_VALUE
         merged[section] = {key: value for key, value in entries.items() if kept or value is not None}
     return merged
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Part by part: `*` does not reach over a dot."""
+    patterns, parts = pattern.split("."), name.split(".")
+    return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))
 
 
 def listed(value: str | list[str]) -> list[str]:

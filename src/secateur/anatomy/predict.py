@@ -6,7 +6,6 @@ Nothing is known here of what a version of transformers really builds; whoever n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
 from secateur.anatomy.conditions import holds
 from secateur.anatomy.config import ConfigFile, Lookup, NotStatedError
@@ -62,7 +61,7 @@ class _Prediction:
         return {name: tuple(axis.size for axis in self.sizes.axes(axes[name])) for name in present}
 
     def _is_there(self, name: str, index: int | None) -> bool:
-        found = [condition for pattern, condition in self.family.when.items() if _matches(pattern, name)]
+        found = self.family.conditions(name)
         if not found:
             return name not in self.family.biases
         return all(self._holds(condition, index) for condition in found)
@@ -74,9 +73,3 @@ class _Prediction:
         """Values of conditions: the place of the block, sizes of the family file, keys of the config."""
         known = self.known if index is None else {**self.known, "index": index}
         return lambda name: known[name] if name in known else self.config.value(name)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Part by part: `*` does not reach over a dot."""
-    patterns, parts = pattern.split("."), name.split(".")
-    return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from secateur.anatomy.family import load_family
 from secateur.anatomy.look import look_at
 from secateur.anatomy.model import Anatomy, Shape
 from secateur.anatomy.skeleton import build_meta
 from secateur.core.errors import AnatomyError
 from secateur.loading import MODEL_TYPE, REMOTE_CODE
 
-__all__ = ["is_stock", "resized_config"]
+__all__ = ["is_stock", "own_class", "resized_config"]
 
 Sizes = Mapping[str, int]
 """By space, its size in one block."""
@@ -34,7 +35,8 @@ def resized_config(
         anatomy: of the model before the cut.
         sizes: of the spaces that were cut, a block.
         shapes: of all tensors after the cut, a block.
-        biases: matrices that get a bias they did not have.
+        biases: matrices that get a bias they did not have. The stock class may give biases to others as
+            well: the anatomy of the new configuration tells.
 
     Raises:
         AnatomyError: the model classes of this family cannot have these sizes.
@@ -46,22 +48,19 @@ def resized_config(
     ]
     fixed = {"head_dim": anatomy.spaces["head_dim"]} if "head_dim" in anatomy.spaces else {}
     stock: dict[str, Any] = {**fixed, **own[0]}
-    alike = all(block == own[0] for block in own) and not biases and is_stock(config)
-    if alike and _gives({**config, **stock}, anatomy, shapes):
-        return stock
+    switches = _switches(anatomy, biases)
+    if switches is not None and is_stock(config) and all(block == own[0] for block in own):
+        stock |= dict.fromkeys(switches.values(), True)
+        if _gives({**config, **stock}, anatomy, _with_biases(shapes, switches)):
+            return stock
     updates = {
         **fixed,
-        "model_type": MODEL_TYPE,
-        "base_model_type": config.get("base_model_type", config["model_type"]),
-        "architectures": ["SecateurForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{REMOTE_CODE.removesuffix('.py')}.SecateurConfig",
-            "AutoModelForCausalLM": f"{REMOTE_CODE.removesuffix('.py')}.SecateurForCausalLM",
-        },
+        **own_class(config),
         "per_layer_config": {str(index): block for index, block in enumerate(own)},
         "block_biases": list(dict.fromkeys([*config.get("block_biases", ()), *biases])),
     }
-    if not _gives({**config, **updates}, anatomy, shapes):
+    added = _with_biases(shapes, [f"{name}.bias" for name in biases])
+    if not _gives({**config, **updates}, anatomy, added):
         cut = ", ".join(sorted({space for block in sizes for space in block}))
         raise AnatomyError(
             f"{anatomy.family!r} derives the shapes of its blocks from other sizes than {cut}",
@@ -71,9 +70,41 @@ def resized_config(
     return updates
 
 
+def own_class(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of config.json that let the class of secateur load the model."""
+    module = REMOTE_CODE.removesuffix(".py")
+    return {
+        "model_type": MODEL_TYPE,
+        "base_model_type": config.get("base_model_type", config["model_type"]),
+        "architectures": ["SecateurForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.SecateurConfig",
+            "AutoModelForCausalLM": f"{module}.SecateurForCausalLM",
+        },
+    }
+
+
 def is_stock(config: Mapping[str, Any]) -> bool:
     """Whether transformers loads a model of this configuration with a class of its own."""
     return config.get("model_type") != MODEL_TYPE
+
+
+def _switches(anatomy: Anatomy, biases: Sequence[str]) -> dict[str, str] | None:
+    """The biases that come with the config keys which give these matrices theirs -> their key; None where
+    there is no such key for one of them."""
+    family = load_family(anatomy.family)
+    known = family.bias_switches if family else {}
+    keys = {known.get(f"{name}.bias") for name in biases}
+    return None if None in keys else {bias: key for bias, key in known.items() if key in keys}
+
+
+def _with_biases(shapes: Sequence[Mapping[str, Shape]], biases: Iterable[str]) -> list[dict[str, Shape]]:
+    """Shapes with these biases, in the blocks that have the matrices."""
+    added = [(bias, f"{bias.removesuffix('bias')}weight") for bias in biases]
+    return [
+        {**block, **{bias: block[weight][:1] for bias, weight in added if weight in block}}
+        for block in shapes
+    ]
 
 
 def _gives(config: Mapping[str, Any], anatomy: Anatomy, shapes: Sequence[Mapping[str, Shape]]) -> bool:

@@ -87,10 +87,11 @@ class Activations:
         """(B, T, d) on the device."""
         return self._held[batch.where].to(self.device, non_blocking=True)
 
-    def run(self, batch: Batch, index: int, module: nn.Module) -> Tensor:
-        """Output of block `index`, (B, T, d)."""
+    def run(self, batch: Batch, index: int, module: nn.Module, hidden: Tensor | None = None) -> Tensor:
+        """Output of block `index`, (B, T, d), from what is held or from other hidden states."""
         with computing(self.device):
-            return self._forward.run(batch.calls[index], module, self.input(batch))
+            hidden = self.input(batch) if hidden is None else hidden
+            return self._forward.run(batch.calls[index], module, hidden)
 
     def replace(self, batch: Batch, hidden: Tensor) -> None:
         """Let the output of a block be the input of the next."""
@@ -104,10 +105,10 @@ class Activations:
             torch.cuda.synchronize(self.device)  # copies into host memory may be on their way
         return self._buffer.clone()
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, T, vocabulary) from what is held, by the model's own norm and head."""
+    def logits(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """(B, T, vocabulary) from what is held or other hidden states, by the model's own norm and head."""
         with computing(self.device):
-            return self._forward.logits(batch.windows, self.input(batch))
+            return self._forward.logits(batch.windows, self.input(batch) if hidden is None else hidden)
 
     @property
     def _held(self) -> Tensor:

@@ -78,7 +78,7 @@ class Driver:
             AnatomyError: a model whose blocks cannot be run one by one.
         """
         self._held = None  # frees the activations of an earlier pass before those of this one are made
-        self._held = self._embed() if forward else None
+        self._held = self.embed() if forward else None
         if not outputs:
             self.source.release()
         blocks = self.source.anatomy.blocks
@@ -105,8 +105,8 @@ class Driver:
         _ = self.source.model  # loads the head
         return held.logits(held.batches[batch])
 
-    def _embed(self) -> Activations:
-        """Run everything before block 0."""
+    def embed(self) -> Activations:
+        """Run everything before block 0, for a pass of the caller's own."""
         model = self.source.trunk
         blocks = model.get_submodule(self.source.anatomy.blocks_path)
         forward = Forward(model, list(blocks.children()), self.source.device)

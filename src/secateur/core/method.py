@@ -23,6 +23,7 @@ ROOMS = {
         "osscar",
         "cfsp",
         "shortgpt",
+        "blockpruner",
     ),
 }
 """The methods that come with secateur; each is a file of its room."""
@@ -51,6 +52,7 @@ class Method(BaseModel):
         removes: the unit that goes.
         effect: what a user may expect of the result, in one plain sentence.
         needs: statistics that calibration must collect.
+        reads_text: calibration text is looked at even without statistics of single matrices.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +63,7 @@ class Method(BaseModel):
     removes: ClassVar[str]
     effect: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    reads_text: ClassVar[bool] = False
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -84,9 +87,9 @@ class Method(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            raise RecipeError(
-                f"option {name}={first['input']!r} of {cls.id!r}", first["msg"].lower()
-            ) from error
+            seen = f"option {name}={first['input']!r}" if name else "options"
+            message = first["msg"].removeprefix("Value error, ").lower()
+            raise RecipeError(f"{seen} of {cls.id!r}", message) from error
 
 
 METHODS: Registry[type[Method]] = Registry(

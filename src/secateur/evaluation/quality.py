@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.calibration.activations import Activations, Batch
 from secateur.calibration.driver import Driver
 from secateur.calibration.source import BlockSource
 from secateur.calibration.windows import Windows
 from secateur.core.errors import CalibrationError, CheckpointError, InputError
 from secateur.core.progress import SILENT, Progress, track
 
-__all__ = ["Protocol", "Quality", "compare_quality", "perplexity", "protocol_of"]
+__all__ = [
+    "Protocol",
+    "Quality",
+    "compare_quality",
+    "perplexity",
+    "predicted_tokens",
+    "protocol_of",
+    "summed_loss",
+]
 
 HOST_LOGIT_BYTES, DEVICE_LOGIT_BYTES = 64 << 20, 256 << 20
 """Size of one float32 tensor of logits in host memory and on a GPU; about three exist at a time."""
@@ -126,6 +136,24 @@ def perplexity(
     return _exp(float(torch.cat(losses).double().mean()))
 
 
+def summed_loss(source: BlockSource, held: Activations, batch: Batch, hidden: Tensor) -> float:
+    """Sum of the next-token cross-entropies, in nats, of the tokens of one batch.
+
+    Args:
+        source: of the model, everything outside its blocks loaded.
+        held: knows the forward around the blocks.
+        hidden: (B, T, d) output of the last block, whatever came before it.
+    """
+    logits = partial(held.logits, batch, hidden)
+    chunks = _chunks(source, batch.windows, logits, _logit_rows(source))
+    return sum(float(_normalise(found, targets).double().sum()) for found, targets in chunks)
+
+
+def predicted_tokens(windows: Windows) -> int:
+    """Tokens that a perplexity on these windows is the mean over."""
+    return int(_predicting(windows).sum())
+
+
 def compare_quality(
     dense: BlockSource,
     pruned: BlockSource,
@@ -188,16 +216,21 @@ def _owners(windows: Windows) -> Tensor:
 
 def _predictions(driver: Driver, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (r, vocabulary) in float32 and next tokens (r,) of all predicting positions, r <= `at_once`."""
-    device, anatomy = driver.source.device, driver.source.anatomy
-    head = driver.source.model.get_submodule(anatomy.head)
     for index, batch in enumerate(driver.batches):
-        positions = _predicting(batch).flatten().nonzero()[:, 0]
-        targets = batch.ids.flatten()[positions + 1].to(device)
-        chunks = zip(torch.split(positions.to(device), at_once), torch.split(targets, at_once), strict=True)
-        for rows, following in chunks:
-            with _only_rows(head, rows):
-                logits = driver.logits(index)[0].float()
-            yield logits, following
+        yield from _chunks(driver.source, batch, partial(driver.logits, index), at_once)
+
+
+def _chunks(
+    source: BlockSource, windows: Windows, logits: Callable[[], Tensor], at_once: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    head, device = source.model.get_submodule(source.anatomy.head), source.device
+    positions = _predicting(windows).flatten().nonzero()[:, 0]
+    targets = windows.ids.flatten()[positions + 1].to(device)
+    chunks = zip(torch.split(positions.to(device), at_once), torch.split(targets, at_once), strict=True)
+    for rows, following in chunks:
+        with _only_rows(head, rows):
+            found = logits()[0].float()
+        yield found, following
 
 
 def _logit_rows(source: BlockSource) -> int:

@@ -1,10 +1,12 @@
-"""Decoders whose blocks differ in size: the stock model class of a family, each block built at its own size.
+"""Decoders whose blocks differ: the stock model class of a family, each block built at its own size, and
+without the attention or feed-forward part that was removed from it.
 
 This file needs transformers alone. secateur registers it when it is imported, and writes a copy beside every
 checkpoint with blocks of unequal sizes, for `trust_remote_code=True` where secateur is not installed.
 
-The config is that of the family, with `per_layer_config` for the sizes of single blocks and `block_biases`
-for matrices that have a bias which the family's class would not give them.
+The config is that of the family, with `per_layer_config` for the sizes of single blocks and what they `skip`,
+`block_parts` for the modules that a skipped part consists of, and `block_biases` for matrices that have a
+bias which the family's class would not give them.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 MODEL_TYPE = "secateur"
 SIZES = "per_layer_config"
+SKIP = "skip"
 
 
 class BlockConfig:
@@ -117,10 +120,44 @@ class _BlocksOfOwnSize:
         for key, own in config.block_sizes.items():
             index = int(key)
             blocks[index] = type(blocks[index])(BlockConfig(config, own), layer_idx=index)
+            for part in own.get(SKIP, ()):
+                for name, gives in config.block_parts[part].items():
+                    blocks[index].set_submodule(name, StandIn(gives, index))
         for name in getattr(config, "block_biases", ()):
             for block in blocks:
-                _give_bias(block, name)
+                if name in dict(block.named_modules()):
+                    _give_bias(block, name)
         self.post_init()  # type: ignore[attr-defined]
+
+
+class StandIn(nn.Module):
+    """Takes the place of a module whose part of the block is removed: the residual stream passes.
+
+    Args:
+        gives: its `input`, `zeros`, or a `pair` of zeros and no attention weights.
+        index: of the block.
+    """
+
+    def __init__(self, gives: str, index: int) -> None:
+        super().__init__()
+        self.gives, self.index = gives, index
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.gives == "input":
+            return hidden_states
+        zeros = hidden_states.new_zeros(hidden_states.shape)
+        if self.gives == "zeros":
+            return zeros
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Cache):
+                self._count_tokens(given, hidden_states)
+        return zeros, None
+
+    def _count_tokens(self, cache: Cache, hidden_states: Tensor) -> None:
+        """A cache reads its length, and so the next position, off one of its layers: this one stores one
+        number a token."""
+        tokens = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        cache.update(tokens, tokens, self.index)
 
 
 def _block_list(model: Any, count: int) -> nn.ModuleList:

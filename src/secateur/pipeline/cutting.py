@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from secateur.anatomy.resized import resized_config
 from secateur.anatomy.resolve import resolve_config
 from secateur.calibration.driver import OpenBlock
 from secateur.checkpoint.writer import read_part
-from secateur.pipeline.matrices import statistics_of
+from secateur.core.statistics import InputStatistics
+from secateur.pipeline.matrices import generator_for, statistics_of
 from secateur.pipeline.state import Run, part_name
 from secateur.report.model import Block, Layer
 from secateur.structure.allocation import Scored
-from secateur.structure.base import StructureMethod
+from secateur.structure.base import StructureMethod, UnitProblem
 from secateur.structure.compensation import DAMPING, mean_bias, refit
 from secateur.structure.units import Units, kept_spaces
 
@@ -64,14 +65,11 @@ class Cutter:
         ]
         self.biases = self._new_biases()
         sizes = [{space: len(at) for space, at in kept.items()} for kept in self.kept]
-        shapes = []
-        for block, own in zip(self.blocks, sizes, strict=True):
-            extra = {f"{name}.bias": (block.parameters[f"{name}.weight"][0],) for name in self.biases}
-            shapes.append({**cut_shapes(block, own), **extra})
+        shapes = [cut_shapes(block, own) for block, own in zip(self.blocks, sizes, strict=True)]
         checkpoint, anatomy = run.opened.checkpoint, run.opened.anatomy
         self.config_updates = resized_config(checkpoint.config, anatomy, sizes, shapes, self.biases)
-        smaller = resolve_config({**checkpoint.config, **self.config_updates})
-        self.layout = FileLayout(smaller, dict.fromkeys([*checkpoint.tensors, *self._bias_names()]))
+        self.smaller = resolve_config({**checkpoint.config, **self.config_updates})
+        self.layout = FileLayout(self.smaller, dict.fromkeys([*checkpoint.tensors, *self._bias_names()]))
 
     def cut(self) -> tuple[list[Layer], list[Block]]:
         """Write block after block; those of an interrupted run are done.
@@ -81,6 +79,8 @@ class Cutter:
         refits = self.method.compensate == "least_squares"
         records: list[dict[str, Any]] = []
         done = self.run.finished()
+        for index, record in done.items():
+            self._keep_instead(index, {k: torch.tensor(v) for k, v in record.get("kept", {}).items()})
         driver = self.run.driver(read=self._reader(set(done)))
         with self.run.progress.task("refitting" if refits else "cutting", len(self.blocks)) as task:
             for opened in driver.blocks(forward=refits, outputs=False):
@@ -96,18 +96,26 @@ class Cutter:
 
     def _cut(self, opened: OpenBlock, refits: bool) -> dict[str, Any]:
         started = time.perf_counter()
-        own = self.choices[opened.index]
-        notes = self._refit(opened) if refits else [{} for _ in own]
+        planned = self.choices[opened.index]
+        notes = self._refit(opened) if refits else [{} for _ in planned]
         _, whole = self.run.as_stored(opened)
         smaller = cut_block(opened.block, whole, self.kept[opened.index])
-        for choice in own:
+        for name, shape in self.smaller.blocks[opened.index].parameters.items():
+            if name not in smaller:
+                smaller[name] = whole[f"{name.removesuffix('bias')}weight"].new_zeros(shape)
+        for choice in self.choices[opened.index]:
             self._add_bias(choice, whole, smaller)
         loss = opened.finish()
+        own = self.choices[opened.index]
         rows = [
             self._row(choice, note).model_dump(mode="json") for choice, note in zip(own, notes, strict=True)
         ]
         block = Block(block=opened.index, loss=loss, seconds=round(time.perf_counter() - started, 4))
         record = {"layers": rows, "block": block.model_dump(mode="json")}
+        if changed := {
+            new.units.kind: new.kept.tolist() for old, new in zip(planned, own, strict=True) if new is not old
+        }:
+            record["kept"] = changed
         self.run.keep(opened.index, self.layout.disassemble(opened.index, smaller), record)
         return record
 
@@ -118,14 +126,36 @@ class Cutter:
         notes = []
         for choice in self.choices[opened.index]:
             view = choice.units.writer.view(opened.parameters)
-            hessian = statistics_of(choice.units.writer, observed).hessian
+            statistics = statistics_of(choice.units.writer, observed)
+            hessian = statistics.hessian
             assert hessian is not None
-            columns = choice.units.columns(choice.kept).to(view.device)
+            kept = self._refined(opened, choice, view, statistics)
+            columns = choice.units.columns(kept).to(view.device)
             new, damping = refit(view.float(), hessian, columns)
             with torch.no_grad():
                 view.copy_(new)
             notes.append({"damping": damping} if damping > DAMPING else {})
         return notes
+
+    def _refined(self, opened: OpenBlock, choice: Choice, weight: Tensor, inputs: InputStatistics) -> Tensor:
+        """What stays after the method has looked again; the choice becomes that."""
+        name = f"{opened.index}.{choice.units.kind}"
+        generator = generator_for(self.run.recipe.seed, f"{name}.refine")
+        problem = UnitProblem(name, choice.units, weight.float(), inputs, generator)
+        kept = self.method.refine(problem, choice.kept)
+        if not kept.equal(choice.kept):
+            self._keep_instead(opened.index, {choice.units.kind: kept})
+        return kept
+
+    def _keep_instead(self, index: int, kept: Mapping[str, Tensor]) -> None:
+        """Let other units of these kinds stay in a block."""
+        own = self.choices[index]
+        self.choices[index] = [
+            replace(choice, kept=kept[choice.units.kind]) if choice.units.kind in kept else choice
+            for choice in own
+        ]
+        for choice in self.choices[index]:
+            self.kept[index] |= kept_spaces(choice.units, choice.kept)
 
     def _sites(self, index: int) -> set[str]:
         return {choice.units.writer.input for choice in self.choices[index]}
@@ -137,7 +167,7 @@ class Cutter:
         if self.method.compensate != "bias" or choice.mean is None:
             return
         weight = writer.view(dense)
-        old = smaller.get(name, weight.new_zeros(writer.shape[0]))
+        old = smaller[name]
         added = mean_bias(weight.float(), choice.mean, choice.units.columns(choice.removed))
         smaller[name] = (old.float() + added).to(old.dtype)
 
@@ -175,7 +205,9 @@ class Cutter:
 
     def _bias_names(self) -> list[str]:
         """Their names on disk, beside those of the weights."""
-        ends = tuple(f".{name}.weight" for name in self.biases)
+        pairs = zip(self.blocks, self.smaller.blocks, strict=True)
+        added = {name for old, new in pairs for name in new.parameters.keys() - old.parameters.keys()}
+        ends = tuple(f".{name.removesuffix('bias')}weight" for name in added)
         layout, indices = self.run.opened.layout, range(len(self.blocks))
         stored = (name for index in indices for name in layout.block_names(index))
         return [f"{name.removesuffix('weight')}bias" for name in stored if ends and name.endswith(ends)]

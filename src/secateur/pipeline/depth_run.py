@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from safetensors.torch import save
 from torch import Tensor
 
-from secateur.anatomy.layout import FileLayout
-from secateur.anatomy.resolve import resolve_config
-from secateur.core.errors import AnatomyError, RecipeError
+from secateur.core.errors import RecipeError
 from secateur.pipeline.opened import Opened
+from secateur.pipeline.remaining import Remaining
 from secateur.pipeline.state import SCORES, Outcome, Run
 from secateur.pipeline.watching import BlockWatch
 from secateur.recipe import Recipe
@@ -37,20 +34,13 @@ def prune_depth(run: Run, method: DepthMethod) -> Outcome:
     Raises:
         RecipeError: a sparsity that comes to no block or to all.
     """
-    blocks, checkpoint = run.opened.anatomy.blocks, run.opened.checkpoint
+    blocks = run.opened.anatomy.blocks
     count = _count(len(blocks), run.recipe.resolved_sparsity)
     found = run.remembered(lambda: _states(run))
     gone = method.choose(BlockStates(**found), count)
     kept = [block.index for block in blocks if block.index not in gone]
-    updates = _shorter(checkpoint.config, len(blocks), kept)
-    layout = FileLayout(_checked(run, updates, kept), dict.fromkeys(checkpoint.tensors))
-    done = run.finished()
-    for new, old in enumerate(kept):
-        if new not in done:
-            whole = run.opened.layout.assemble(old, checkpoint.read(run.opened.layout.block_names(old)))
-            run.keep(new, layout.disassemble(new, whole), {})
-    names = {name for block in blocks for name in run.opened.layout.block_names(block.index)}
-    stay = {name for new in range(len(kept)) for name in layout.block_names(new)}
+    remaining = Remaining.of(run.opened, kept, {}, {})
+    dropped = remaining.write(run)
     removed = sum(blocks[index].size for index in gone)
     return Outcome(
         layers=[
@@ -59,8 +49,8 @@ def prune_depth(run: Run, method: DepthMethod) -> Outcome:
         ],
         blocks=[Block(block=index) for index in range(len(blocks))],
         sparsity=removed / sum(block.size for block in blocks),
-        config_updates=updates,
-        dropped=frozenset(names - stay),
+        config_updates=remaining.config_updates,
+        dropped=dropped,
         files={SCORES: save(found)},
     )
 
@@ -86,35 +76,6 @@ def _states(run: Run) -> dict[str, Tensor]:
             opened.finish(watch)
             task.advance()
     return watch.states(run.group)
-
-
-def _shorter(config: dict[str, Any], count: int, kept: list[int]) -> dict[str, Any]:
-    """Keys that change: the number of blocks, and every list with an entry a block."""
-    key = next((name for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), None)
-    if key is None:
-        raise AnatomyError("a config that does not say how many blocks there are", "num_hidden_layers")
-    updates: dict[str, Any] = {key: len(kept)}
-    for name, value in config.items():
-        if isinstance(value, list) and len(value) == count and not name.endswith("token_id"):
-            updates[name] = [value[index] for index in kept]
-    if "per_layer_config" in config:
-        own = config["per_layer_config"]
-        updates["per_layer_config"] = {
-            str(new): own[str(old)] for new, old in enumerate(kept) if str(old) in own
-        }
-    return updates
-
-
-def _checked(run: Run, updates: dict[str, Any], kept: list[int]) -> Any:
-    """The anatomy of the shorter model, whose blocks must be those that stay."""
-    anatomy, blocks = resolve_config({**run.opened.checkpoint.config, **updates}), run.opened.anatomy.blocks
-    if [block.parameters for block in anatomy.blocks] != [blocks[index].parameters for index in kept]:
-        raise AnatomyError(
-            f"blocks of {run.opened.anatomy.family!r} change with their place",
-            "blocks that are built alike wherever they stand",
-            "remove channels instead: flap",
-        )
-    return anatomy
 
 
 def _row(run: Run, index: int, gone: bool, influence: float) -> Layer:

@@ -70,7 +70,7 @@ def build_report(
     peak_memory_bytes: int | None,
 ) -> Report:
     """Everything the contract with users asks for, validated."""
-    observed = calibration if method.statistics else None
+    observed = calibration if method.statistics or method.reads_text else None
     measured = {**verdict.values, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes}
     missing = dict(verdict.not_measured)
     if peak_memory_bytes is None:

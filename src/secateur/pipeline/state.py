@@ -22,9 +22,10 @@ from secateur.pipeline.opened import Opened
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 
-__all__ = ["SCORES", "Outcome", "Run", "part_name"]
+__all__ = ["SCORES", "UNEQUAL", "Outcome", "Run", "part_name"]
 
 SCORES = "scores.safetensors"
+UNEQUAL = "Blocks differ: load it after `import secateur`, or with trust_remote_code=True."
 
 
 @dataclass

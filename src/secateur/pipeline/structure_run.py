@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from secateur.anatomy.cut import cut_shapes
@@ -17,7 +14,8 @@ from secateur.core.errors import InputError, RecipeError
 from secateur.pipeline.cutting import Choice, Cutter
 from secateur.pipeline.matrices import generator_for, statistics_of
 from secateur.pipeline.opened import Opened
-from secateur.pipeline.state import SCORES, Outcome, Run
+from secateur.pipeline.scores import NO_SCORES, origin_of, read_scores, scores_file
+from secateur.pipeline.state import SCORES, UNEQUAL, Outcome, Run
 from secateur.pipeline.watching import BlockWatch
 from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, allocate
@@ -25,8 +23,6 @@ from secateur.structure.base import StructureMethod, UnitProblem
 from secateur.structure.units import Units, kept_spaces, producers
 
 __all__ = ["check_structure", "prune_structure"]
-
-UNEQUAL = "Blocks differ in size: load it after `import secateur`, or with trust_remote_code=True."
 
 
 def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> None:
@@ -68,13 +64,12 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     layers, rows = cutter.cut()
     freed = sum(len(choice.removed) * choice.units.parameters for choice in choices)
     stock = is_stock({**run.opened.checkpoint.config, **cutter.config_updates})
-    origin = {"origin": json.dumps(_origin(run.opened, method))}  # one key: several come in any order
     return Outcome(
         layers=layers,
         blocks=rows,
         sparsity=freed / sum(sizes),
         config_updates=cutter.config_updates,
-        files={SCORES: save({name: tensor.contiguous() for name, tensor in found.items()}, origin)},
+        files={SCORES: scores_file(found, _origin(run.opened, method))},
         warnings=[] if stock else [UNEQUAL],
     )
 
@@ -115,26 +110,15 @@ def _score(run: Run, method: StructureMethod) -> dict[str, Tensor]:
 
 
 def _origin(opened: Opened, method: StructureMethod) -> dict[str, str]:
-    """What scores hold for: the options that all methods share are about what is made of them."""
-    settings = method.model_dump_json(exclude=set(StructureMethod.model_fields))
-    return {"model": opened.checkpoint.fingerprint(), "method": method.id, "options": settings}
+    """The options that all methods share are about what is made of scores, as are some of its own."""
+    return origin_of(opened, method, exclude=method.unscored.union(StructureMethod.model_fields))
 
 
 def _given(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Tensor]:
     """Scores of an earlier run, if they are of this model and method and hold what the options need."""
-    remedy = "leave --scores out to score this model"
-    try:
-        with safe_open(path, "pt") as file:
-            origin = json.loads((file.metadata() or {}).get("origin", "{}"))
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        reason = f"{path} is no file of scores ({error})"
-        raise InputError(reason, "scores.safetensors of a run", remedy) from error
-    for key, expected in _origin(opened, method).items():
-        if origin.get(key) != expected:
-            raise InputError(f"{path} holds scores of {key} {origin.get(key)}", f"{key} {expected}", remedy)
+    found = read_scores(path, _origin(opened, method))
     if missing := [name for name in _needed(opened, method) if name not in found]:
-        raise InputError(f"{path} has no {missing[0]}", "scores of a run with options like these", remedy)
+        raise InputError(f"{path} has no {missing[0]}", "scores of a run with options like these", NO_SCORES)
     return found
 
 

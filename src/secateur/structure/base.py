@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "WHOLE",
     "BlockStates",
     "Compensation",
     "DepthMethod",
+    "Piece",
+    "SearchMethod",
     "Spread",
     "StructureMethod",
     "UnitProblem",
@@ -58,12 +61,14 @@ class StructureMethod(Method):
 
     Class variables:
         comparable: scores of different blocks and kinds mean the same and need not be standardised.
+        unscored: own options that scores do not depend on.
     """
 
     family: ClassVar[str] = "structure"
     removes: ClassVar[str] = "attention heads with their key-value head, and feed-forward channels"
     effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
     comparable: ClassVar[bool] = False
+    unscored: ClassVar[frozenset[str]] = frozenset()
 
     spread: Spread = Field(
         "uniform",
@@ -91,6 +96,13 @@ class StructureMethod(Method):
         """(count,) importance of each unit; the smallest go."""
         raise NotImplementedError
 
+    def refine(self, problem: UnitProblem, kept: Tensor) -> Tensor:
+        """Units to keep instead, as many (sorted int64), once the Hessian of the cut model is there.
+
+        Asked only before least squares; `problem.inputs` then has a Hessian.
+        """
+        return kept
+
 
 @dataclass(frozen=True)
 class BlockStates:
@@ -114,10 +126,72 @@ class DepthMethod(Method):
     family: ClassVar[str] = "structure"
     removes: ClassVar[str] = "whole decoder blocks"
     effect: ClassVar[str] = "a shallower dense model of the same class: fewer bytes and faster everywhere"
+    reads_text: ClassVar[bool] = True
 
     def choose(self, states: BlockStates, count: int) -> list[int]:
         """The blocks that go, sorted."""
         raise NotImplementedError
+
+
+WHOLE = "block"
+"""The part that is all of a block."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a search removes as a whole.
+
+    Attributes:
+        block: index of the block.
+        part: `self_attn` or `mlp` with the norms that serve it alone, or `block`.
+        parameters: that its removal frees.
+    """
+
+    block: int
+    part: str
+    parameters: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.block}.{self.part}"
+
+
+class SearchMethod(Method):
+    """Base of the methods that remove one piece after the other and look at the model after each."""
+
+    family: ClassVar[str] = "structure"
+    removes: ClassVar[str] = "attention and feed-forward parts of blocks, or whole blocks"
+    effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
+    reads_text: ClassVar[bool] = True
+
+    unit: Literal["subblock", "layer"] = Field(
+        "subblock", description="subblock: attention and feed-forward parts on their own; layer: whole blocks"
+    )
+
+    def pick(
+        self,
+        pieces: Sequence[Piece],
+        turns: Mapping[str, float],
+        losses: Callable[[Sequence[Piece]], list[float]],
+    ) -> tuple[Piece, float]:
+        """The piece that goes next, and the loss of the model without it.
+
+        Args:
+            pieces: that are left, in the order of the model.
+            turns: by name, how far the output of its block turns without it in the whole model: mean over
+                tokens of 1 - cos; empty unless `needs_turns`.
+            losses: of the model without what is gone and each of these pieces, summed over all tokens;
+                infinite where another of them is known to be lower.
+        """
+        raise NotImplementedError
+
+    @property
+    def needs_turns(self) -> bool:
+        return False
+
+    def tries(self, pieces: int) -> int:
+        """How many losses are asked for when so many pieces are left, for estimates."""
+        return pieces
 
 
 M = TypeVar("M", bound=type[Method])

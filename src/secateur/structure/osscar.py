@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from secateur.core.method import Paper
 from secateur.core.statistics import Statistic
 from secateur.structure.base import Compensation, StructureMethod, UnitProblem, register
+from secateur.structure.local_search import improved, removal_losses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ class Osscar(StructureMethod):
     (structured-baselines, section 2.5).
 
     A unit's score is the loss at the moment greedy elimination reaches it, so that the removed sets of all
-    ratios are nested and one pass serves them all. The paper's local search over swaps is left out.
+    ratios are nested and one pass serves them all. `swaps` then improves the set of one ratio.
     """
 
     id: ClassVar[str] = "osscar"
@@ -32,12 +33,28 @@ class Osscar(StructureMethod):
         "2403.12983",
     )
     needs: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+    unscored: ClassVar[frozenset[str]] = frozenset({"swaps", "swap_rounds"})
 
     compensate: Compensation = Field(
         "least_squares", description="none, bias (mean output) or least_squares (refit on what stays)"
     )
     rounds: int = Field(64, ge=1, description="steps of the elimination; more are slower and more exact")
     damping: float = Field(1e-2, gt=0, description="fraction of the mean diagonal added to the Hessian")
+    swaps: int = Field(
+        0,
+        ge=0,
+        description="units exchanged at once in a local search before the refit; 0 for none, paper: 100",
+    )
+    swap_rounds: int = Field(20, ge=1, description="rounds of the local search, at most")
+
+    @model_validator(mode="after")
+    def _check_swaps(self) -> Osscar:
+        if self.swaps and self.compensate != "least_squares":
+            raise ValueError("swaps are judged by the refit: they need compensate=least_squares")
+        return self
+
+    def refine(self, problem: UnitProblem, kept: Tensor) -> Tensor:
+        return improved(problem, kept, self.swaps, self.swap_rounds) if self.swaps else kept
 
     def score(self, problem: UnitProblem) -> Tensor:
         import torch
@@ -53,7 +70,7 @@ class Osscar(StructureMethod):
         alive = torch.arange(units.count)
         step, total = -(-units.count // self.rounds), 0.0
         while len(alive):
-            losses = _losses(weight, inverse, units.columns(alive).view(-1, width))
+            losses = removal_losses(weight, inverse, units.columns(alive).view(-1, width))
             order = losses.argsort(stable=True)
             now, alive = alive[order[:step]], alive[order[step:]].sort().values
             scores[now] = total + losses[order[:step]].cumsum(0)
@@ -61,16 +78,6 @@ class Osscar(StructureMethod):
             if len(alive):
                 _remove(weight, inverse, units.columns(now))
         return scores
-
-
-def _losses(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """(n,) of 1/2 tr(W_j^T (Hinv_jj)^-1 W_j) for the column groups (n, width)."""
-    import torch
-
-    own = inverse[columns[:, :, None], columns[:, None, :]]
-    rows = weight[columns]
-    solved: Tensor = torch.linalg.solve(own, rows)
-    return 0.5 * (rows * solved).sum((1, 2))
 
 
 def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
