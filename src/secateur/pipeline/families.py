@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from secateur.core.method import METHODS, Method
 from secateur.pipeline.depth_run import check_depth, prune_depth
 from secateur.pipeline.opened import Opened
-from secateur.pipeline.search_run import check_search, prune_search
+from secateur.pipeline.pieces_run import check_pieces, prune_pieces
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import check_structure, prune_structure
 from secateur.pipeline.weights_run import check_weights, prune_weights
 from secateur.recipe import Recipe
-from secateur.structure.base import DepthMethod, SearchMethod, StructureMethod
+from secateur.structure.base import DepthMethod, PieceMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["checked_method", "prune_blocks_of"]
@@ -37,7 +37,7 @@ WAYS = (
     _Way(WeightMethod, check_weights, prune_weights),
     _Way(StructureMethod, check_structure, prune_structure),
     _Way(DepthMethod, check_depth, prune_depth),
-    _Way(SearchMethod, check_search, prune_search),
+    _Way(PieceMethod, check_pieces, prune_pieces),
 )
 """The first whose base class a method has is its way."""
 

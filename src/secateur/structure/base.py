@@ -23,7 +23,7 @@ __all__ = [
     "Compensation",
     "DepthMethod",
     "Piece",
-    "SearchMethod",
+    "PieceMethod",
     "Spread",
     "StructureMethod",
     "UnitProblem",
@@ -156,7 +156,7 @@ class Piece:
         return f"{self.block}.{self.part}"
 
 
-class SearchMethod(Method):
+class PieceMethod(Method):
     """Base of the methods that remove one piece after the other and look at the model after each."""
 
     family: ClassVar[str] = "structure"

@@ -8,13 +8,13 @@ from typing import ClassVar
 from pydantic import Field
 
 from secateur.core.method import Paper
-from secateur.structure.base import Piece, SearchMethod, register
+from secateur.structure.base import Piece, PieceMethod, register
 
 __all__ = ["BlockPruner"]
 
 
 @register
-class BlockPruner(SearchMethod):
+class BlockPruner(PieceMethod):
     """Removes, again and again, the sub-block without which the perplexity is lowest
     (structured-baselines, section 2.4); with `unit=layer` whole blocks, as SLEB does (arXiv 2402.09025)."""
 

@@ -25,10 +25,10 @@ from secateur.pipeline.state import SCORES, UNEQUAL, Outcome, Run
 from secateur.pipeline.variants import Gone, Variants, more
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
-from secateur.structure.base import WHOLE, Piece, SearchMethod
+from secateur.structure.base import WHOLE, Piece, PieceMethod
 from secateur.structure.order import chosen, reached
 
-__all__ = ["check_search", "evaluations", "prune_search"]
+__all__ = ["check_pieces", "evaluations", "prune_pieces"]
 
 ORDER = "order.json"
 PERPLEXITIES = "perplexities"
@@ -42,7 +42,7 @@ class Removal:
     perplexity: float
 
 
-def check_search(opened: Opened, method: SearchMethod, recipe: Recipe) -> None:
+def check_pieces(opened: Opened, method: PieceMethod, recipe: Recipe) -> None:
     """Refuse, before anything is read or written, what could not be done.
 
     Raises:
@@ -64,7 +64,7 @@ def check_search(opened: Opened, method: SearchMethod, recipe: Recipe) -> None:
         _given(opened, method, recipe)
 
 
-def prune_search(run: Run, method: SearchMethod) -> Outcome:
+def prune_pieces(run: Run, method: PieceMethod) -> Outcome:
     """Search, unless an order is given, and write the blocks and parts that stay."""
     opened = run.opened
     pieces, budget = _pieces(opened, method), _budget(opened, run.recipe)
@@ -87,7 +87,7 @@ def prune_search(run: Run, method: SearchMethod) -> Outcome:
     )
 
 
-def evaluations(opened: Opened, method: SearchMethod, sparsity: float) -> int:
+def evaluations(opened: Opened, method: PieceMethod, sparsity: float) -> int:
     """How many models a search looks at, about."""
     pieces = _pieces(opened, method)
     mean = sum(piece.parameters for piece in pieces) / len(pieces)
@@ -98,7 +98,7 @@ def evaluations(opened: Opened, method: SearchMethod, sparsity: float) -> int:
 class _Search:
     """The rounds of a search; each is durable once it is over."""
 
-    def __init__(self, run: Run, method: SearchMethod, pieces: Sequence[Piece]) -> None:
+    def __init__(self, run: Run, method: PieceMethod, pieces: Sequence[Piece]) -> None:
         self.run_, self.method, self.pieces = run, method, pieces
         self.variants = Variants(run.driver(), _parts(run.opened, method))
         self.tokens = predicted_tokens(run.data.calibration)
@@ -169,11 +169,11 @@ class _Search:
         return math.exp(min(loss / self.tokens, 700.0))
 
 
-def _parts(opened: Opened, method: SearchMethod) -> Parts:
+def _parts(opened: Opened, method: PieceMethod) -> Parts:
     return parts_of(opened.config) if method.unit == "subblock" else {}
 
 
-def _pieces(opened: Opened, method: SearchMethod) -> list[Piece]:
+def _pieces(opened: Opened, method: PieceMethod) -> list[Piece]:
     """All that can go, in the order of the model."""
     parts, blocks = _parts(opened, method), opened.anatomy.blocks
     if not parts:
@@ -185,7 +185,7 @@ def _budget(opened: Opened, recipe: Recipe) -> float:
     return recipe.resolved_sparsity * opened.anatomy.block_parameters
 
 
-def _remaining(opened: Opened, method: SearchMethod, gone: Sequence[Piece]) -> Remaining:
+def _remaining(opened: Opened, method: PieceMethod, gone: Sequence[Piece]) -> Remaining:
     """Blocks that lost everything vanish; where blocks change with their place they stay, empty."""
     parts = _parts(opened, method)
     lost: dict[int, list[str]] = {}
@@ -244,7 +244,7 @@ def _as_scores(removals: Sequence[Removal]) -> dict[str, Tensor]:
     return {**steps, PERPLEXITIES: perplexities}
 
 
-def _given(opened: Opened, method: SearchMethod, recipe: Recipe) -> list[Removal]:
+def _given(opened: Opened, method: PieceMethod, recipe: Recipe) -> list[Removal]:
     """The order of an earlier run, if it reaches far enough."""
     path = Path(recipe.scores or "")
     found = read_scores(path, origin_of(opened, method))

@@ -22,7 +22,7 @@ from secateur.calibration.source import MemorySource
 from secateur.calibration.windows import Windows
 from secateur.core.errors import AnatomyError, InputError, RecipeError
 from secateur.evaluation.quality import perplexity, predicted_tokens
-from secateur.pipeline import search_run, variants
+from secateur.pipeline import pieces_run, variants
 from secateur.pipeline.variants import Variants
 from secateur.report.model import Report
 from secateur.structure.base import Piece
@@ -148,7 +148,7 @@ def test_blocks_that_change_with_their_place_stay_as_empty_ones(
 ) -> None:
     model = save_tiny("deepseek_v3", tmp_path / "model", num_hidden_layers=4)
     lost = [Piece(0, "self_attn", 1), Piece(0, "mlp", 1)]
-    monkeypatch.setattr(search_run, "chosen", lambda *_: lost)
+    monkeypatch.setattr(pieces_run, "chosen", lambda *_: lost)
     prune(model, tmp_path / "out", sparsity=0.2)
     pruned, dense = dense_of(tmp_path / "out"), dense_of(model)
     assert len(pruned.model.layers) == 4
