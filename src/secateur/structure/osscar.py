@@ -9,6 +9,7 @@ from pydantic import Field
 from secateur.core.method import Paper
 from secateur.core.statistics import Statistic
 from secateur.structure.base import Compensation, StructureMethod, UnitProblem, register
+from secateur.structure.elimination import eliminate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,47 +41,7 @@ class Osscar(StructureMethod):
     damping: float = Field(1e-2, gt=0, description="fraction of the mean diagonal added to the Hessian")
 
     def score(self, problem: UnitProblem) -> Tensor:
-        import torch
-
-        from secateur.core.numerics import damped_cholesky
-
-        units, width = problem.units, problem.units.width
         assert problem.inputs.hessian is not None
-        factor, _ = damped_cholesky(problem.inputs.hessian.double(), self.damping)
-        inverse = torch.cholesky_inverse(factor)
-        weight = problem.weight.double().T.contiguous()  # (C, d)
-        scores = torch.full((units.count,), torch.inf, dtype=torch.float64)
-        alive = torch.arange(units.count)
-        step, total = -(-units.count // self.rounds), 0.0
-        while len(alive):
-            losses = _losses(weight, inverse, units.columns(alive).view(-1, width))
-            order = losses.argsort(stable=True)
-            now, alive = alive[order[:step]], alive[order[step:]].sort().values
-            scores[now] = total + losses[order[:step]].cumsum(0)
-            total = float(scores[now[-1]])
-            if len(alive):
-                _remove(weight, inverse, units.columns(now))
-        return scores
-
-
-def _losses(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """(n,) of 1/2 tr(W_j^T (Hinv_jj)^-1 W_j) for the column groups (n, width)."""
-    import torch
-
-    own = inverse[columns[:, :, None], columns[:, None, :]]
-    rows = weight[columns]
-    solved: Tensor = torch.linalg.solve(own, rows)
-    return 0.5 * (rows * solved).sum((1, 2))
-
-
-def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
-    """Refit what stays without these columns, and take them out of the inverse; in place."""
-    import torch
-
-    tall = inverse[:, gone].clone()
-    solved = torch.linalg.solve(tall[gone], tall.T)  # (|P|, C)
-    weight -= solved.T @ weight[gone]
-    inverse -= tall @ solved
-    weight[gone] = 0
-    inverse[gone, :] = 0
-    inverse[:, gone] = 0
+        return eliminate(
+            problem.weight, problem.inputs.hessian, problem.units, rounds=self.rounds, damping=self.damping
+        )

@@ -1,0 +1,100 @@
+"""Greedy elimination: units go one batch after the other, and those that stay make up for them each time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from secateur.structure.units import Units
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["eliminate"]
+
+
+def eliminate(
+    weight: Tensor,
+    hessian: Tensor,
+    units: Units,
+    *,
+    rounds: int,
+    damping: float,
+    first_order_weight: float = 0.0,
+) -> Tensor:
+    """The loss at the moment each unit goes, all losses before it included (structured-baselines, section 2.5).
+
+    The units with the smallest values are the ones that go, so the sets of all ratios are nested and one pass
+    serves them all. A unit costs 1/2 tr(W_j^T (Hinv_jj)^-1 W_j): exactly what least squares loses without it.
+
+    Args:
+        weight: (d, C) of the matrix that collects the units; not changed.
+        hessian: (C, C) sum of x x^T.
+        rounds: steps of the elimination; with as many as there are units each goes alone.
+        damping: fraction of the mean diagonal that is added to the Hessian.
+        first_order_weight: of the term tr(W_j^T G_j), G = H W, beside the loss (tyr-the-pruner, section 2.1).
+
+    Returns:
+        (count,) float64 on the CPU, all different up to rounding.
+
+    Raises:
+        NumericsError: the Hessian is not finite, or singular whatever the damping.
+    """
+    import torch
+
+    from secateur.core.numerics import damped_cholesky
+
+    factor, used = damped_cholesky(hessian.double(), damping)
+    inverse = torch.cholesky_inverse(factor)
+    rows = weight.double().T.contiguous()  # (C, d)
+    target = _damped_product(hessian, rows, used) if first_order_weight else None
+    scores = torch.full((units.count,), torch.inf, dtype=torch.float64)
+    alive = torch.arange(units.count)
+    step, total = -(-units.count // rounds), 0.0
+    while len(alive):
+        columns = units.columns(alive).view(-1, units.width).to(rows.device)
+        costs = _losses(rows, inverse, columns)
+        if target is not None:
+            costs = costs + first_order_weight * (rows * target)[columns].sum((1, 2))
+        costs = costs.cpu()
+        order = costs.argsort(stable=True)
+        now, alive = alive[order[:step]], alive[order[step:]].sort().values
+        scores[now] = total + _rising(costs[order[:step]])
+        total = float(scores[now[-1]])
+        if len(alive):
+            _remove(rows, inverse, units.columns(now).to(rows.device))
+    return scores
+
+
+def _damped_product(hessian: Tensor, rows: Tensor, damping: float) -> Tensor:
+    """(C, d) of G = (H + damping) W."""
+    exact = hessian.double()
+    product: Tensor = exact @ rows + damping * exact.diagonal().mean() * rows
+    return product
+
+
+def _rising(costs: Tensor) -> Tensor:
+    """Running sums; a first-order term may be negative, and must not bring a unit before those gone already."""
+    return costs.clamp_min(0).cumsum(0)
+
+
+def _losses(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
+    """(n,) of 1/2 tr(W_j^T (Hinv_jj)^-1 W_j) for the column groups (n, width)."""
+    import torch
+
+    own = inverse[columns[:, :, None], columns[:, None, :]]
+    rows = weight[columns]
+    solved: Tensor = torch.linalg.solve(own, rows)
+    return 0.5 * (rows * solved).sum((1, 2))
+
+
+def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
+    """Refit what stays without these columns, and take them out of the inverse; in place."""
+    import torch
+
+    tall = inverse[:, gone].clone()
+    solved = torch.linalg.solve(tall[gone], tall.T)  # (|P|, C)
+    weight -= solved.T @ weight[gone]
+    inverse -= tall @ solved
+    weight[gone] = 0
+    inverse[gone, :] = 0
+    inverse[:, gone] = 0
