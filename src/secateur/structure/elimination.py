@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["eliminate"]
+__all__ = ["Elimination", "eliminate"]
+
+
+class Elimination(NamedTuple):
+    """Attributes:
+    order: (count,) int64, units as they go: the removed sets of all ratios are its beginnings.
+    losses: (count,) float64, loss at the moment each unit goes, all before it included.
+    """
+
+    order: Tensor
+    losses: Tensor
 
 
 def eliminate(
@@ -20,11 +30,10 @@ def eliminate(
     rounds: int,
     damping: float,
     first_order_weight: float = 0.0,
-) -> Tensor:
-    """The loss at the moment each unit goes, all losses before it included (structured-baselines, section 2.5).
+) -> Elimination:
+    """Remove one batch of units after the other, the cheapest first (structured-baselines, section 2.5).
 
-    The units with the smallest values are the ones that go, so the sets of all ratios are nested and one pass
-    serves them all. A unit costs 1/2 tr(W_j^T (Hinv_jj)^-1 W_j): exactly what least squares loses without it.
+    A unit costs 1/2 tr(W_j^T (Hinv_jj)^-1 W_j): exactly what least squares loses without it.
 
     Args:
         weight: (d, C) of the matrix that collects the units; not changed.
@@ -34,7 +43,7 @@ def eliminate(
         first_order_weight: of the term tr(W_j^T G_j), G = H W, beside the loss (tyr-the-pruner, section 2.1).
 
     Returns:
-        (count,) float64 on the CPU, all different up to rounding.
+        On the CPU.
 
     Raises:
         NumericsError: the Hessian is not finite, or singular whatever the damping.
@@ -47,22 +56,21 @@ def eliminate(
     inverse = torch.cholesky_inverse(factor)
     rows = weight.double().T.contiguous()  # (C, d)
     target = _damped_product(hessian, rows, used) if first_order_weight else None
-    scores = torch.full((units.count,), torch.inf, dtype=torch.float64)
-    alive = torch.arange(units.count)
+    losses = torch.zeros(units.count, dtype=torch.float64)
+    alive, order = torch.arange(units.count), []
     step, total = -(-units.count // rounds), 0.0
     while len(alive):
         columns = units.columns(alive).view(-1, units.width).to(rows.device)
-        costs = _losses(rows, inverse, columns)
-        if target is not None:
-            costs = costs + first_order_weight * (rows * target)[columns].sum((1, 2))
-        costs = costs.cpu()
-        order = costs.argsort(stable=True)
-        now, alive = alive[order[:step]], alive[order[step:]].sort().values
-        scores[now] = total + _rising(costs[order[:step]])
-        total = float(scores[now[-1]])
+        lost = _losses(rows, inverse, columns)
+        costs = lost if target is None else lost + first_order_weight * (rows * target)[columns].sum((1, 2))
+        cheapest = costs.cpu().argsort(stable=True)
+        now, alive = alive[cheapest[:step]], alive[cheapest[step:]].sort().values
+        losses[now] = total + lost.cpu()[cheapest[:step]].cumsum(0)
+        total = float(losses[now[-1]])
+        order.append(now)
         if len(alive):
             _remove(rows, inverse, units.columns(now).to(rows.device))
-    return scores
+    return Elimination(torch.cat(order), losses)
 
 
 def _damped_product(hessian: Tensor, rows: Tensor, damping: float) -> Tensor:
@@ -70,11 +78,6 @@ def _damped_product(hessian: Tensor, rows: Tensor, damping: float) -> Tensor:
     exact = hessian.double()
     product: Tensor = exact @ rows + damping * exact.diagonal().mean() * rows
     return product
-
-
-def _rising(costs: Tensor) -> Tensor:
-    """Running sums; a first-order term may be negative, and must not bring a unit before those gone already."""
-    return costs.clamp_min(0).cumsum(0)
 
 
 def _losses(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:

@@ -44,4 +44,4 @@ class Osscar(StructureMethod):
         assert problem.inputs.hessian is not None
         return eliminate(
             problem.weight, problem.inputs.hessian, problem.units, rounds=self.rounds, damping=self.damping
-        )
+        ).losses
