@@ -116,27 +116,6 @@ def test_refitting_is_the_normal_equations_and_never_worse(problem: UnitProblem)
     assert residual.abs().max() < 1e-3 * float(hessian.diagonal().max())
 
 
-def test_osscar_scores_are_the_losses_of_brute_force(problem: UnitProblem) -> None:
-    """The first unit to go is the one without which least squares loses least, and its score is that loss."""
-    hessian = problem.inputs.hessian
-    assert hessian is not None
-    scores = Osscar.from_options({"rounds": 10_000, "damping": 1e-6}).score(problem)
-    units = torch.arange(problem.units.count)
-
-    def without(*gone: int) -> float:
-        stay = problem.units.columns(units[~torch.isin(units, torch.tensor(gone))])
-        return lost(problem.weight, refit(problem.weight, hessian, stay)[0], hessian)
-
-    one = {unit: without(unit) for unit in units.tolist()}
-    first = int(scores.argmin())
-    assert one[first] == pytest.approx(min(one.values()), rel=1e-3)
-    assert float(scores[first]) == pytest.approx(min(one.values()), rel=2e-2)
-    others = units[units != first].tolist()
-    if len(others) > 1:
-        two = min(without(first, unit) for unit in others)
-        assert float(scores[others].min()) == pytest.approx(two, rel=2e-2)
-
-
 def test_osscar_removes_nested_sets_and_costs_only_grow(problem: UnitProblem) -> None:
     scores = Osscar.from_options({"rounds": 5}).score(problem)
     assert torch.isfinite(scores).all()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from secateur.core.progress import SILENT
 from secateur.evaluation.quality import logit_rows, only_rows, predicting, predictions, propagate
 from secateur.pipeline.supernet import Supernet, Versions
 
-__all__ = ["Judge", "Reference"]
+__all__ = ["Judge", "Judging", "Reference"]
+
+Judging: TypeAlias = Callable[[Sequence[Levels], str, Sequence[int]], list[float]]
+"""The fitness of candidates on some windows of a reference; see `Judge`."""
 
 STATE_BYTES = 1 << 30
 """Hidden states that candidates may hold at a time where blocks are read from files."""

@@ -52,6 +52,11 @@ class Supernet:
             for ladder in self.of_block(index)
         }
 
+    def kept(self, ladder: Ladder, level: int) -> Tensor:
+        """The units that stay at a level."""
+        path, name = self.path(ladder.block), _name(ladder, level, "kept")
+        return read_tensors(path, [read_header(path)[name]])[name]
+
     def save(self, index: int, versions: Versions) -> None:
         save_tensors(
             self.path(index),

@@ -140,7 +140,7 @@ class SearchMethod(StructureMethod):
         "the level it starts from, or not at all",
     )
     generations: int = Field(8, ge=0, description="of each iteration; 0: stay where it starts (paper: 50)")
-    offspring: int = Field(24, ge=1, description="candidates a generation (paper: 128)")
+    offspring: int = Field(16, ge=1, description="candidates a generation (paper: 128)")
     tokens: tuple[PositiveInt, ...] = Field(
         (512, 2048), min_length=1, description="judged on, a stage (paper: 2048, 16384, 131072)"
     )

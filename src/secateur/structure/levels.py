@@ -45,6 +45,17 @@ class Ladder:
         """What the search sees: a level costs the parameters that it frees."""
         return Gene(self.units.kind, self.step * self.units.parameters, self.lowest, self.highest)
 
+    def summary(self) -> dict[str, int | str]:
+        """JSON-able, for the record of a search."""
+        kind, count = self.units.kind, self.units.count
+        return {
+            "block": self.block,
+            "kind": kind,
+            "units": count,
+            "removed": self.removed,
+            "step": self.step,
+        }
+
 
 def ladders(
     groups: Sequence[tuple[int, Units]], removed: Sequence[int], iteration: int, method: SearchMethod
