@@ -17,6 +17,7 @@ from pathlib import Path
 from tables import write_table
 
 import secateur
+from secateur.core.errors import RecipeError
 from secateur.core.method import METHODS, methods_of
 from secateur.report.model import Report
 
@@ -58,12 +59,22 @@ def run(arguments: argparse.Namespace, method: str, options: dict[str, str], spa
         )
 
 
+def accepted(method: str, options: dict[str, str]) -> bool:
+    try:
+        METHODS.get(method).from_options(options)
+    except RecipeError:
+        return False
+    return True
+
+
 def main() -> None:
     arguments = parse_arguments()
     rows, dense = [], ""
     for method, compensate, spread in product(
         arguments.methods.split(","), COMPENSATIONS, ("uniform", "global")
     ):
+        if not accepted(method, {"compensate": compensate, "spread": spread}):
+            continue
         if METHODS.get(method)().statistics == frozenset() and compensate == "none" and spread == "global":
             continue  # scores without data are not made to compete over blocks
         cells = []

@@ -64,11 +64,11 @@ class Search:
             supernet, row = Supernet(self._folder(number), steps), self._row(number, steps)
             if "levels" not in row or number == last:
                 build_supernet(self._run, self._method, supernet)
+                self._forget(number - 1)
             if "levels" not in row:
                 references = references or self._references()
                 with _judging(self._run, self._method, supernet, references) as judge:
                     self._iterate(number, steps, judge, references)
-                self._forget(number - 1)
             levels = tuple(row["levels"])
             removed = [step.removed_at(level) for step, level in zip(steps, levels, strict=True)]
         return supernet, levels

@@ -152,6 +152,13 @@ class SearchMethod(StructureMethod):
     topk: int = Field(256, ge=1, description="likeliest tokens of the dense model that count (paper: 8192)")
     workers: int = Field(0, ge=0, description="processes on Ray that judge candidates; 0: this one")
 
+    @property
+    def tokens_judged(self) -> int:
+        """Tokens of all candidates of the whole search, up to whole windows."""
+        candidates = (self.offspring, *self.survivors)
+        stages = sum(count * tokens for count, tokens in zip(candidates, self.tokens, strict=False))
+        return self.iterations * self.generations * (stages + self.tokens[-1])
+
 
 M = TypeVar("M", bound=type[Method])
 
