@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def ray_judging(
     started = not ray.is_initialized()
     if started:
         cores = None if "RAY_ADDRESS" in os.environ else count
-        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     try:
         gpus = torch.cuda.device_count() / count if device.type == "cuda" else 0
         actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
