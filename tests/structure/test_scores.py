@@ -11,6 +11,7 @@ from secateur.anatomy.resolve import resolve
 from secateur.core.statistics import InputStatistics
 from secateur.structure.base import UnitProblem
 from secateur.structure.compensation import mean_bias, refit
+from secateur.structure.elimination import eliminate
 from secateur.structure.flap import Flap
 from secateur.structure.magnitude_structure import MagnitudeStructure
 from secateur.structure.osscar import Osscar
@@ -118,6 +119,9 @@ def test_refitting_is_the_normal_equations_and_never_worse(problem: UnitProblem)
 
 def test_osscar_removes_nested_sets_and_costs_only_grow(problem: UnitProblem) -> None:
     scores = Osscar.from_options({"rounds": 5}).score(problem)
+    assert problem.inputs.hessian is not None
+    expected = eliminate(problem.weight, problem.inputs.hessian, problem.units, rounds=5, damping=1e-2)
+    assert torch.equal(scores, expected.losses)
     assert torch.isfinite(scores).all()
     assert (scores >= 0).all()
     assert len(scores.unique()) == problem.units.count

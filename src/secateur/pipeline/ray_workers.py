@@ -19,7 +19,7 @@ from secateur.pipeline.candidates import Judge, Judging, Reference
 from secateur.pipeline.opened import open_model
 from secateur.pipeline.supernet import Supernet
 
-__all__ = ["ray_judging", "require_ray"]
+__all__ = ["ray_judging", "ray_running", "require_ray"]
 
 
 def require_ray() -> None:
@@ -39,7 +39,7 @@ def ray_judging(
     *,
     resident: bool,
 ) -> Iterator[Judging]:
-    """`count` processes, each with a judge of its own, on this machine or on the cluster of `RAY_ADDRESS`.
+    """`count` processes, each with a judge of its own, inside `ray_running`.
 
     Every process computes with as many threads as this one, so that not one bit of a result depends on them.
 
@@ -48,32 +48,42 @@ def ray_judging(
     """
     import ray
 
-    started = not ray.is_initialized()
-    if started:
-        cores = None if "RAY_ADDRESS" in os.environ else count
-        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    gpus = torch.cuda.device_count() / count if device.type == "cuda" else 0
+    actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
+    what = ray.put((supernet, references))
+    settings = (str(folder), device.type, dtype, torch.get_num_threads(), resident)
+    workers = [actor.remote(what, *settings) for _ in range(count)]
+
+    def judge(candidates: Sequence[Levels], name: str, rows: Sequence[int]) -> list[float]:
+        ordered = sorted(set(candidates))  # neighbours share what comes out of the first blocks
+        bounds = [number * len(ordered) // count for number in range(count + 1)]
+        parts = [ordered[start:stop] for start, stop in pairwise(bounds)]
+        calls = [w.judge.remote(part, name, list(rows)) for w, part in zip(workers, parts, strict=True)]
+        losses = [loss for part in ray.get(calls) for loss in part]
+        found = dict(zip(ordered, losses, strict=True))
+        return [found[levels] for levels in candidates]
+
     try:
-        gpus = torch.cuda.device_count() / count if device.type == "cuda" else 0
-        actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
-        what = ray.put((supernet, references))
-        settings = (str(folder), device.type, dtype, torch.get_num_threads(), resident)
-        workers = [actor.remote(what, *settings) for _ in range(count)]
-
-        def judge(candidates: Sequence[Levels], name: str, rows: Sequence[int]) -> list[float]:
-            ordered = sorted(set(candidates))  # neighbours share what comes out of the first blocks
-            bounds = [number * len(ordered) // count for number in range(count + 1)]
-            parts = [ordered[start:stop] for start, stop in pairwise(bounds)]
-            calls = [w.judge.remote(part, name, list(rows)) for w, part in zip(workers, parts, strict=True)]
-            losses = [loss for part in ray.get(calls) for loss in part]
-            found = dict(zip(ordered, losses, strict=True))
-            return [found[levels] for levels in candidates]
-
         yield judge
+    finally:
         for worker in workers:
             ray.kill(worker)
+
+
+@contextmanager
+def ray_running(count: int) -> Iterator[None]:
+    """Ray with this many cores of this machine, or the cluster of `RAY_ADDRESS`, unless it runs already."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    cores = None if "RAY_ADDRESS" in os.environ else count
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield
     finally:
-        if started:
-            ray.shutdown()
+        ray.shutdown()
 
 
 class _Worker:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from secateur.core.errors import RecipeError
 from secateur.core.evolution import swapped
 from secateur.pipeline.cutting import Choice, Cutter
 from secateur.pipeline.opened import Opened
-from secateur.pipeline.ray_workers import require_ray
+from secateur.pipeline.ray_workers import ray_running, require_ray
 from secateur.pipeline.searching import SEARCH, Search
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import UNEQUAL, check_sizes, equal_shares, groups_of
@@ -73,7 +74,8 @@ def prune_search(run: Run, method: SearchMethod) -> Outcome:
     groups = groups_of(run.opened, method)
     kept = equal_shares(run.opened, groups, method, run.recipe.resolved_sparsity)
     search = Search(run, method, groups, _removed(groups, kept))
-    supernet, levels = search.found()
+    with ray_running(method.workers) if method.workers else nullcontext():
+        supernet, levels = search.found()
     choices = [
         Choice(Scored(ladder.block, ladder.units, torch.empty(0)), None, supernet.kept(ladder, level))
         for ladder, level in zip(supernet.ladders, levels, strict=True)
