@@ -131,7 +131,7 @@ class SearchMethod(StructureMethod):
     compensate: Literal["none", "least_squares"] = Field(
         "least_squares", description="none, or least_squares (refit on what stays), of every candidate"
     )
-    iterations: int = Field(3, ge=1, description="rounds of the search, each with half the step (paper: 4)")
+    iterations: int = Field(2, ge=1, description="rounds of the search, each with half the step (paper: 4)")
     step: float = Field(0.125, gt=0, le=1, description="share of the units that one level is, at first")
     levels: int = Field(9, ge=3, description="levels of each kind in each block; odd")
     error_accumulation: Literal["expected", "median", "none"] = Field(
