@@ -11,6 +11,7 @@ from secateur.anatomy.resolve import resolve
 from secateur.core.statistics import InputStatistics
 from secateur.structure.base import UnitProblem
 from secateur.structure.compensation import mean_bias, refit
+from secateur.structure.elimination import eliminate
 from secateur.structure.flap import Flap
 from secateur.structure.magnitude_structure import MagnitudeStructure
 from secateur.structure.osscar import Osscar
@@ -116,29 +117,11 @@ def test_refitting_is_the_normal_equations_and_never_worse(problem: UnitProblem)
     assert residual.abs().max() < 1e-3 * float(hessian.diagonal().max())
 
 
-def test_osscar_scores_are_the_losses_of_brute_force(problem: UnitProblem) -> None:
-    """The first unit to go is the one without which least squares loses least, and its score is that loss."""
-    hessian = problem.inputs.hessian
-    assert hessian is not None
-    scores = Osscar.from_options({"rounds": 10_000, "damping": 1e-6}).score(problem)
-    units = torch.arange(problem.units.count)
-
-    def without(*gone: int) -> float:
-        stay = problem.units.columns(units[~torch.isin(units, torch.tensor(gone))])
-        return lost(problem.weight, refit(problem.weight, hessian, stay)[0], hessian)
-
-    one = {unit: without(unit) for unit in units.tolist()}
-    first = int(scores.argmin())
-    assert one[first] == pytest.approx(min(one.values()), rel=1e-3)
-    assert float(scores[first]) == pytest.approx(min(one.values()), rel=2e-2)
-    others = units[units != first].tolist()
-    if len(others) > 1:
-        two = min(without(first, unit) for unit in others)
-        assert float(scores[others].min()) == pytest.approx(two, rel=2e-2)
-
-
 def test_osscar_removes_nested_sets_and_costs_only_grow(problem: UnitProblem) -> None:
     scores = Osscar.from_options({"rounds": 5}).score(problem)
+    assert problem.inputs.hessian is not None
+    expected = eliminate(problem.weight, problem.inputs.hessian, problem.units, rounds=5, damping=1e-2)
+    assert torch.equal(scores, expected.losses)
     assert torch.isfinite(scores).all()
     assert (scores >= 0).all()
     assert len(scores.unique()) == problem.units.count

@@ -28,8 +28,13 @@ __all__ = [
     "Protocol",
     "Quality",
     "compare_quality",
+    "logit_rows",
+    "only_rows",
     "perplexity",
     "predicted_tokens",
+    "predicting",
+    "predictions",
+    "propagate",
     "protocol_of",
     "summed_loss",
 ]
@@ -131,8 +136,8 @@ def perplexity(
 
     >>> perplexity(FolderSource(Checkpoint.open("seedling")), windows)  # doctest: +SKIP
     """
-    driver = _propagate(source, windows, batch_size, progress)
-    losses = [_normalise(logits, targets) for logits, targets in _predictions(driver, _logit_rows(source))]
+    driver = propagate(source, windows, batch_size, progress)
+    losses = [_normalise(logits, targets) for logits, targets in predictions(driver, logit_rows(source))]
     return _exp(float(torch.cat(losses).double().mean()))
 
 
@@ -145,13 +150,13 @@ def summed_loss(source: BlockSource, held: Activations, batch: Batch, hidden: Te
         hidden: (B, T, d) output of the last block, whatever came before it.
     """
     logits = partial(held.logits, batch, hidden)
-    chunks = _chunks(source, batch.windows, logits, _logit_rows(source))
+    chunks = _chunks(source, batch.windows, logits, logit_rows(source))
     return sum(float(_normalise(found, targets).double().sum()) for found, targets in chunks)
 
 
 def predicted_tokens(windows: Windows) -> int:
     """Tokens that a perplexity on these windows is the mean over."""
-    return int(_predicting(windows).sum())
+    return int(predicting(windows).sum())
 
 
 def compare_quality(
@@ -177,9 +182,9 @@ def compare_quality(
     sizes = [source.config.get_text_config().vocab_size for source in (dense, pruned)]
     if sizes[0] != sizes[1]:
         raise InputError(f"vocabularies of {sizes[0]} and {sizes[1]} tokens", "two models with the same one")
-    drivers = [_propagate(source, windows, batch_size, progress) for source in (dense, pruned)]
-    at_once = min(map(_logit_rows, (dense, pruned)))
-    pairs = zip(*(_predictions(driver, at_once) for driver in drivers), strict=True)
+    drivers = [propagate(source, windows, batch_size, progress) for source in (dense, pruned)]
+    at_once = min(map(logit_rows, (dense, pruned)))
+    pairs = zip(*(predictions(driver, at_once) for driver in drivers), strict=True)
     compared = [_compare(logits, other, targets) for (logits, targets), (other, _) in pairs]
     before, after, divergence, agreement = (torch.cat(column).cpu() for column in zip(*compared, strict=True))
     owners = _owners(windows)
@@ -189,9 +194,9 @@ def compare_quality(
     )
 
 
-def _propagate(source: BlockSource, windows: Windows, batch_size: int | None, progress: Progress) -> Driver:
+def propagate(source: BlockSource, windows: Windows, batch_size: int | None, progress: Progress) -> Driver:
     """A driver that holds the final hidden states."""
-    if not bool(_predicting(windows).any()):
+    if not bool(predicting(windows).any()):
         raise CalibrationError(
             f"windows of {windows.source} without two real tokens in a row", "a token to predict"
         )
@@ -202,7 +207,7 @@ def _propagate(source: BlockSource, windows: Windows, batch_size: int | None, pr
     return driver
 
 
-def _predicting(windows: Windows) -> Tensor:
+def predicting(windows: Windows) -> Tensor:
     """(n, T) bool: positions whose next token is in the window, both real."""
     real = torch.ones_like(windows.ids, dtype=torch.bool) if windows.mask is None else windows.mask
     following = functional.pad(real[:, 1:], (0, 1))
@@ -210,11 +215,11 @@ def _predicting(windows: Windows) -> Tensor:
 
 
 def _owners(windows: Windows) -> Tensor:
-    """The window of each predicted token, in the order of `_predictions`."""
-    return _predicting(windows).nonzero()[:, 0]
+    """The window of each predicted token, in the order of `predictions`."""
+    return predicting(windows).nonzero()[:, 0]
 
 
-def _predictions(driver: Driver, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+def predictions(driver: Driver, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (r, vocabulary) in float32 and next tokens (r,) of all predicting positions, r <= `at_once`."""
     for index, batch in enumerate(driver.batches):
         yield from _chunks(driver.source, batch, partial(driver.logits, index), at_once)
@@ -224,23 +229,24 @@ def _chunks(
     source: BlockSource, windows: Windows, logits: Callable[[], Tensor], at_once: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     head, device = source.model.get_submodule(source.anatomy.head), source.device
-    positions = _predicting(windows).flatten().nonzero()[:, 0]
+    positions = predicting(windows).flatten().nonzero()[:, 0]
     targets = windows.ids.flatten()[positions + 1].to(device)
     chunks = zip(torch.split(positions.to(device), at_once), torch.split(targets, at_once), strict=True)
     for rows, following in chunks:
-        with _only_rows(head, rows):
+        with only_rows(head, rows):
             found = logits()[0].float()
         yield found, following
 
 
-def _logit_rows(source: BlockSource) -> int:
+def logit_rows(source: BlockSource) -> int:
+    """Tokens whose logits fit into memory at once."""
     limit = HOST_LOGIT_BYTES if source.device.type == "cpu" else DEVICE_LOGIT_BYTES
     vocabulary: int = source.config.get_text_config().vocab_size
     return max(1, limit // (4 * vocabulary))
 
 
 @contextmanager
-def _only_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
+def only_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
     """Let `head` see these of the B * T tokens only, as one sequence.
 
     The model then applies whatever follows its head (scaling, soft-capping) to a few rows, and no tensor of

@@ -9,11 +9,12 @@ from secateur.core.method import METHODS, Method
 from secateur.pipeline.depth_run import check_depth, prune_depth
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.pieces_run import check_pieces, prune_pieces
+from secateur.pipeline.search_run import check_search, prune_search
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import check_structure, prune_structure
 from secateur.pipeline.weights_run import check_weights, prune_weights
 from secateur.recipe import Recipe
-from secateur.structure.base import DepthMethod, PieceMethod, StructureMethod
+from secateur.structure.base import DepthMethod, PieceMethod, SearchMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["checked_method", "prune_blocks_of"]
@@ -35,6 +36,7 @@ class _Way(NamedTuple):
 
 WAYS = (
     _Way(WeightMethod, check_weights, prune_weights),
+    _Way(SearchMethod, check_search, prune_search),
     _Way(StructureMethod, check_structure, prune_structure),
     _Way(DepthMethod, check_depth, prune_depth),
     _Way(PieceMethod, check_pieces, prune_pieces),

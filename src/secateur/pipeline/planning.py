@@ -19,6 +19,7 @@ from secateur.pipeline.families import checked_method
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
+from secateur.structure.base import SearchMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["Estimate", "estimate", "plan"]
@@ -125,7 +126,7 @@ def estimate(opened: Opened, recipe: Recipe, method: Method) -> Estimate:
     return Estimate(
         _memory(opened, method, dtype.itemsize, tokens, 2 * evaluation_tokens, batch_tokens),
         seconds,
-        int(2.1 * opened.checkpoint.nbytes),
+        int(2.1 * opened.checkpoint.nbytes) + _search_bytes(opened.anatomy, method, dtype.itemsize),
     )
 
 
@@ -151,6 +152,14 @@ def _solver_bytes(block: Block, method: Method) -> int:
     return sum(width * width for width in widths) * 8 + max(widths) ** 2 * 12 + matrix * 4 * 4
 
 
+def _search_bytes(anatomy: Anatomy, method: Method, itemsize: int) -> int:
+    """Matrices at all levels, none smaller than when it is whole."""
+    if not isinstance(method, SearchMethod):
+        return 0
+    writers = (units.writer for block in anatomy.blocks for units in method.units(block))
+    return method.levels * itemsize * sum(writer.size for writer in writers)
+
+
 def _operations(anatomy: Anatomy, method: Method, tokens: int, evaluation_tokens: int) -> float:
     """Floating-point operations of the whole run."""
     forward = 2.0 * anatomy.prunable_parameters
@@ -159,6 +168,8 @@ def _operations(anatomy: Anatomy, method: Method, tokens: int, evaluation_tokens
         total += forward * 2 * tokens
     if "gradient" in method.statistics:
         total += forward * 4 * tokens
+    if isinstance(method, SearchMethod):
+        total += forward * method.tokens_judged
     if "hessian" in method.statistics:
         for block in anatomy.blocks:
             for site in block.sites:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from secateur.anatomy.cut import cut_shapes
 from secateur.anatomy.resized import is_stock, resized_config
 from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import InputError, RecipeError
+from secateur.core.statistics import InputStatistics
 from secateur.pipeline.cutting import Choice, Cutter
 from secateur.pipeline.matrices import generator_for, statistics_of
 from secateur.pipeline.opened import Opened
@@ -22,7 +24,14 @@ from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod, UnitProblem
 from secateur.structure.units import Units, kept_spaces, producers
 
-__all__ = ["check_structure", "prune_structure"]
+__all__ = [
+    "check_sizes",
+    "check_structure",
+    "equal_shares",
+    "groups_of",
+    "prune_structure",
+    "unit_problem",
+]
 
 
 def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> None:
@@ -33,18 +42,29 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
         AnatomyError: a family whose blocks cannot have the sizes.
         InputError: scores of another model or method.
     """
-    groups = _groups(opened, method)
+    groups = groups_of(opened, method)
+    check_sizes(opened, groups, equal_shares(opened, groups, method, recipe.resolved_sparsity))
+    if recipe.scores is not None:
+        _given(opened, method, Path(recipe.scores))
+
+
+def equal_shares(
+    opened: Opened, groups: Sequence[tuple[int, Units]], method: StructureMethod, sparsity: float
+) -> list[Tensor]:
+    """What stays of every group as long as all units are worth the same. Raises `RecipeError`."""
     flat = [Scored(index, units, torch.zeros(units.count)) for index, units in groups]
+    sizes = [block.size for block in opened.anatomy.blocks]
+    return allocate(flat, sizes, sparsity, method, torch.zeros(len(sizes)))
+
+
+def check_sizes(opened: Opened, groups: Sequence[tuple[int, Units]], kept: Sequence[Tensor]) -> None:
+    """Raise `AnatomyError` for a family whose blocks cannot have these sizes."""
     blocks = opened.anatomy.blocks
-    sizes = [block.size for block in blocks]
-    kept = allocate(flat, sizes, recipe.resolved_sparsity, method, torch.zeros(len(blocks)))
     spaces: list[dict[str, int]] = [{} for _ in blocks]
     for (index, units), stays in zip(groups, kept, strict=True):
         spaces[index] |= {space: len(at) for space, at in kept_spaces(units, stays).items()}
     shapes = [cut_shapes(block, own) for block, own in zip(blocks, spaces, strict=True)]
     resized_config(opened.checkpoint.config, opened.anatomy, spaces, shapes)
-    if recipe.scores is not None:
-        _given(opened, method, Path(recipe.scores))
 
 
 def prune_structure(run: Run, method: StructureMethod) -> Outcome:
@@ -52,7 +72,7 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     blocks = run.opened.anatomy.blocks
     found = _scores(run, method)
     scored = [
-        Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in _groups(run.opened, method)
+        Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in groups_of(run.opened, method)
     ]
     sizes = [block.size for block in blocks]
     kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method, found.get("turns"))
@@ -74,7 +94,8 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     )
 
 
-def _groups(opened: Opened, method: StructureMethod) -> list[tuple[int, Units]]:
+def groups_of(opened: Opened, method: StructureMethod) -> list[tuple[int, Units]]:
+    """Block and units of every kind that the method removes. Raises `RecipeError` where there are none."""
     groups = [(block.index, units) for block in opened.anatomy.blocks for units in method.units(block)]
     if not groups:
         raise RecipeError(
@@ -124,7 +145,7 @@ def _given(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Ten
 
 def _needed(opened: Opened, method: StructureMethod) -> list[str]:
     """What a file of scores must hold for these options."""
-    names = [f"{index}.{units.kind}" for index, units in _groups(opened, method)]
+    names = [f"{index}.{units.kind}" for index, units in groups_of(opened, method)]
     means = [f"{name}.mean" for name in names] if method.compensate == "bias" else []
     return [*names, *means, *(["turns"] if method.spread == "sigmoid" else [])]
 
@@ -137,16 +158,18 @@ def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[s
     for units in kinds:
         name = f"{opened.index}.{units.kind}"
         inputs = statistics_of(units.writer, observed)
-        weight = units.writer.view(opened.parameters).float()
-        problem = UnitProblem(
-            name,
-            units,
-            weight,
-            inputs,
-            generator_for(run.recipe.seed, name),
-            producers(opened.block, opened.parameters, units),
-        )
+        problem = unit_problem(run, opened, units, inputs)
         found[name] = method.score(problem).float().cpu()
         if inputs.mean is not None:
             found[f"{name}.mean"] = (inputs.mean / max(inputs.tokens, 1)).cpu()
     return found
+
+
+def unit_problem(run: Run, opened: OpenBlock, units: Units, inputs: InputStatistics) -> UnitProblem:
+    """What a method scores, from an open block and what was observed in it."""
+    name = f"{opened.index}.{units.kind}"
+    weight = units.writer.view(opened.parameters).float()
+    generator = generator_for(run.recipe.seed, name)
+    return UnitProblem(
+        name, units, weight, inputs, generator, producers(opened.block, opened.parameters, units)
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from secateur.anatomy.model import Block
 from secateur.core.method import METHODS, Method
@@ -24,6 +24,7 @@ __all__ = [
     "DepthMethod",
     "Piece",
     "PieceMethod",
+    "SearchMethod",
     "Spread",
     "StructureMethod",
     "UnitProblem",
@@ -192,6 +193,45 @@ class PieceMethod(Method):
     def tries(self, pieces: int) -> int:
         """How many losses are asked for when so many pieces are left, for estimates."""
         return pieces
+
+
+class SearchMethod(StructureMethod):
+    """Base of the methods that search how many units go where, in ever finer steps (tyr-the-pruner, 2.5).
+
+    Scores rank the units of one kind in one block; how many of them go is what the search finds.
+    """
+
+    spread: Literal["uniform"] = Field("uniform", description="uniform: the search starts from equal shares")
+    compensate: Literal["none", "least_squares"] = Field(
+        "least_squares", description="none, or least_squares (refit on what stays), of every candidate"
+    )
+    iterations: int = Field(2, ge=1, description="rounds of the search, each with half the step (paper: 4)")
+    step: float = Field(0.125, gt=0, le=1, description="share of the units that one level is, at first")
+    levels: int = Field(9, ge=3, description="levels of each kind in each block; odd")
+    error_accumulation: Literal["expected", "median", "none"] = Field(
+        "expected",
+        description="what a block is pruned to for the inputs of the next: the weighted mean of its levels, "
+        "the level it starts from, or not at all",
+    )
+    generations: int = Field(8, ge=0, description="of each iteration; 0: stay where it starts (paper: 50)")
+    offspring: int = Field(16, ge=1, description="candidates a generation (paper: 128)")
+    tokens: tuple[PositiveInt, ...] = Field(
+        (512, 2048), min_length=1, description="judged on, a stage (paper: 2048, 16384, 131072)"
+    )
+    survivors: tuple[PositiveInt, ...] = Field((4,), description="of each stage but the last (paper: 16, 4)")
+    swaps: int = Field(4, ge=1, description="most moves between a parent and its offspring")
+    fitness: Literal["kl", "perplexity"] = Field(
+        "kl", description="divergence from the dense model over its likeliest tokens, or perplexity"
+    )
+    topk: int = Field(256, ge=1, description="likeliest tokens of the dense model that count (paper: 8192)")
+    workers: int = Field(0, ge=0, description="processes on Ray that judge candidates; 0: this one")
+
+    @property
+    def tokens_judged(self) -> int:
+        """Tokens of all candidates of the whole search, up to whole windows."""
+        candidates = (self.offspring, *self.survivors)
+        stages = sum(count * tokens for count, tokens in zip(candidates, self.tokens, strict=False))
+        return self.iterations * self.generations * (stages + self.tokens[-1])
 
 
 M = TypeVar("M", bound=type[Method])

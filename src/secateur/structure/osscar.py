@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from secateur.core.method import Paper
 from secateur.core.statistics import Statistic
 from secateur.structure.base import Compensation, StructureMethod, UnitProblem, register
-from secateur.structure.local_search import improved, removal_losses
+from secateur.structure.elimination import eliminate
+from secateur.structure.local_search import improved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,37 +58,7 @@ class Osscar(StructureMethod):
         return improved(problem, kept, self.swaps, self.swap_rounds) if self.swaps else kept
 
     def score(self, problem: UnitProblem) -> Tensor:
-        import torch
-
-        from secateur.core.numerics import damped_cholesky
-
-        units, width = problem.units, problem.units.width
         assert problem.inputs.hessian is not None
-        factor, _ = damped_cholesky(problem.inputs.hessian.double(), self.damping)
-        inverse = torch.cholesky_inverse(factor)
-        weight = problem.weight.double().T.contiguous()  # (C, d)
-        scores = torch.full((units.count,), torch.inf, dtype=torch.float64)
-        alive = torch.arange(units.count)
-        step, total = -(-units.count // self.rounds), 0.0
-        while len(alive):
-            losses = removal_losses(weight, inverse, units.columns(alive).view(-1, width))
-            order = losses.argsort(stable=True)
-            now, alive = alive[order[:step]], alive[order[step:]].sort().values
-            scores[now] = total + losses[order[:step]].cumsum(0)
-            total = float(scores[now[-1]])
-            if len(alive):
-                _remove(weight, inverse, units.columns(now))
-        return scores
-
-
-def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
-    """Refit what stays without these columns, and take them out of the inverse; in place."""
-    import torch
-
-    tall = inverse[:, gone].clone()
-    solved = torch.linalg.solve(tall[gone], tall.T)  # (|P|, C)
-    weight -= solved.T @ weight[gone]
-    inverse -= tall @ solved
-    weight[gone] = 0
-    inverse[gone, :] = 0
-    inverse[:, gone] = 0
+        return eliminate(
+            problem.weight, problem.inputs.hessian, problem.units, rounds=self.rounds, damping=self.damping
+        ).losses
