@@ -25,9 +25,9 @@ PUBLISHED = {
     "network": "factored", "reward": "inv_ks", "estimator": "faithful", "samples": 1, "inference": "sample",
 }  # fmt: skip
 RUNS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "prunenet, mlp": ("prunenet", {}, 3),
-    "prunenet, mlp on three matrices": ("prunenet", {"features": "gate_up_down"}, 1),
-    "prunenet, linear": ("prunenet", {"network": "linear"}, 1),
+    "prunenet, linear": ("prunenet", {}, 3),
+    "prunenet, linear on three matrices": ("prunenet", {"features": "gate_up_down"}, 1),
+    "prunenet, mlp": ("prunenet", {"network": "mlp"}, 3),
     "prunenet, factored": ("prunenet", {"network": "factored"}, 1),
     "prunenet, as published": ("prunenet", PUBLISHED, 1),
     "magnitude-structure": ("magnitude-structure", {"targets": "ffn"}, 1),
@@ -112,9 +112,9 @@ def main() -> int:
         ["method", "s", *(f"{rows:.0%}{what}" for rows in arguments.rows for what in ("", ", KS"))],
         table,
         notes=f"Perplexity of {arguments.model}, dense {before['perplexity']:.2f}, on {arguments.windows} "
-        f"windows of {arguments.length} tokens when these shares of its feed-forward channels are gone, the "
-        f"same in every block; as many windows of calibration for wanda-structure and flap. Mean over 3 seeds "
-        "for mlp and random, in brackets half the range. KS: mean distance of the singular values of the "
+        f"windows of {arguments.length} tokens when these shares of its feed-forward channels go, the "
+        "same in every block; as many windows of calibration for wanda-structure and flap. Mean over 3 seeds "
+        "for linear, mlp and random, in brackets half the range. KS: mean distance of the singular values of the "
         "first feed-forward matrices. Seconds of the run that finds the scores and cuts.",
         out=arguments.out,
     )

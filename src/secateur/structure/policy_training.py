@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from secateur.structure.prunenet import PruneNet
 
-__all__ = ["Training", "advantages", "rewards"]
+__all__ = ["Training", "advantages", "rewards", "surrogate"]
 
 NO_DISTANCE = 1e-5  # the published reward has 99999 where spectra agree
 
@@ -93,19 +93,35 @@ class Training:
         self, state: Tensor, orders: Tensor, count: int, found: Tensor, name: str, weight: float
     ) -> None:
         assert self._policy is not None
+        if self.method.estimator == "plackett_luce" and self.method.baseline:
+            past = self._past.setdefault(name, [])
+            found, seen = advantages(found, past), float(found.mean())
+            past.append(seen)
         logits = self._policy.logits(state)
-        if self.method.estimator == "faithful":
-            noise = logistic(tuple(orders.shape), self.generator).to(logits.device)
-            likely = logsigmoid(logits + noise).gather(1, orders[:, :count]).sum(1)
-        else:
-            likely = log_probability(logits, orders, count)
-            if self.method.baseline:
-                found, seen = advantages(found, self._past.setdefault(name, [])), float(found.mean())
-                self._past[name].append(seen)
-        loss = -weight * (found.to(likely.dtype) * likely).mean()
+        loss = weight * surrogate(self.method.estimator, logits, orders, count, found, self.generator)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
+
+
+def surrogate(
+    estimator: str, logits: Tensor, orders: Tensor, count: int, found: Tensor, generator: torch.Generator
+) -> Tensor:
+    """A loss whose gradient is, up to sign, what the estimator takes for that of the expected reward.
+
+    Args:
+        estimator: `plackett_luce`: the exact probability of the draws. `faithful`: the sum over the rows that
+            stay of log o with noise of its own, which no longer knows how they were drawn.
+        logits: (F,).
+        orders: (m, F), drawn; the first `count` stay.
+        found: (m,) rewards or advantages.
+    """
+    if estimator == "plackett_luce":
+        likely = log_probability(logits, orders, count)
+    else:
+        noise = logistic(tuple(orders.shape), generator).to(logits.device)
+        likely = logsigmoid(logits + noise).gather(1, orders[:, :count]).sum(1)
+    return -(found.to(likely.dtype) * likely).mean()
 
 
 def advantages(found: Tensor, past: list[float]) -> Tensor:

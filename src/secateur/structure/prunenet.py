@@ -30,10 +30,11 @@ class PruneNet(StructureMethod):
     """A policy whose reward is how little the singular values move when the rows it drops are gone
     (prunenet, sections 2.1 to 2.5). It sees no text, serves every ratio, and models of the same width.
 
-    Defaults that are not the paper's: `estimator=plackett_luce` is an unbiased policy gradient, which the
-    published loss is not; `reward=neg_log_ks` does not explode; `network=mlp`, since the two layers of the
-    paper collapse to a linear function, which cannot tell a long row from a short one; `inference=topk`
-    gives one model and not another for each seed.
+    Where defaults are not the paper's: `estimator=plackett_luce` is an unbiased policy gradient, which the
+    published loss is not; `reward=neg_log_ks` does not explode; `inference=topk` gives one model and not
+    another for each seed; `network=linear` is what the two layers of the paper (`factored`) come to. It
+    cannot tell a row from its negative, so it finds a mean direction and no norms; `mlp` finds both and
+    moves spectra less, which need not help a model: rows of equal geometry are alike to this reward.
     """
 
     id: ClassVar[str] = "prunenet"
@@ -46,7 +47,7 @@ class PruneNet(StructureMethod):
 
     targets: Literal["ffn"] = Field("ffn", description="feed-forward channels")
     network: Network = Field(
-        "mlp", description="mlp; factored: two layers in a row as published; linear: what these come to"
+        "linear", description="linear; factored: the same in two layers as published; mlp: a hidden layer"
     )
     features: Features = Field("gate", description="rows of the first matrix, or of all three")
     reward: Literal["neg_log_ks", "inv_ks", "neg_ks", "w1"] = Field(

@@ -41,6 +41,7 @@ def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     points = torch.cat([a, b], -1).sort(-1).values
     below = [
-        torch.searchsorted(sample.contiguous(), points, right=True) / sample.shape[-1] for sample in (a, b)
+        torch.searchsorted(sample.contiguous(), points, right=True).double() / sample.shape[-1]
+        for sample in (a, b)
     ]
     return points, (below[0] - below[1]).abs()
