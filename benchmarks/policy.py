@@ -114,8 +114,8 @@ def main() -> int:
         notes=f"Perplexity of {arguments.model}, dense {before['perplexity']:.2f}, on {arguments.windows} "
         f"windows of {arguments.length} tokens when these shares of its feed-forward channels go, the "
         "same in every block; as many windows of calibration for wanda-structure and flap. Mean over 3 seeds "
-        "for linear, mlp and random, in brackets half the range. KS: mean distance of the singular values of the "
-        "first feed-forward matrices. Seconds of the run that finds the scores and cuts.",
+        "for linear, mlp and random, in brackets half the range. KS: mean distance of the singular values of "
+        "the first feed-forward matrices. Seconds of the run that finds the scores and cuts.",
         out=arguments.out,
     )
     return 0
