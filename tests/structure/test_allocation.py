@@ -12,6 +12,7 @@ from secateur.anatomy.resolve import resolve
 from secateur.core.errors import RecipeError
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod
+from secateur.structure.flap import Flap
 from secateur.structure.units import units_of
 from secateur.structure.wanda_structure import WandaStructure
 
@@ -98,3 +99,58 @@ def test_scores_of_blocks_are_standardised_before_they_compete() -> None:
     method: StructureMethod = WandaStructure.from_options({"spread": "global"})
     for a, b in zip(allocate(plain, SIZES, 0.3, method), allocate(scaled, SIZES, 0.3, method), strict=True):
         assert torch.equal(a, b)
+
+
+def freed_heads(found: list[Scored], kept: list[torch.Tensor]) -> list[int]:
+    pairs = zip(found, kept, strict=True)
+    return [g.units.count - len(stays) for g, stays in pairs if not g.units.kind.endswith("ffn")]
+
+
+@pytest.mark.parametrize("spread", ["uniform", "global", "sigmoid"])
+def test_a_number_of_heads_is_met_and_channels_make_up_the_rest(spread: str) -> None:
+    found = groups(3)
+    method = WandaStructure.from_options({"spread": spread, "remove_heads": 3})
+    kept = allocate(found, SIZES, 0.3, method, torch.tensor([0.1, 0.3, 0.2]))
+    heads, cheapest = freed_heads(found, kept), min(group.units.parameters for group in found)
+    assert sum(heads) == 3
+    assert spread == "global" or heads == [1, 1, 1]
+    assert abs(removed(found, kept) - 0.3 * sum(SIZES)) <= cheapest * len(SIZES)
+
+
+def test_heads_rank_among_themselves_whatever_channels_score() -> None:
+    """AL-MM: the lowest heads of the model go, and channels change nothing about it (flap, section 2.3)."""
+    found = groups(3)
+    lower = [Scored(g.block, g.units, g.scores - 9 * g.units.kind.endswith("ffn")) for g in found]
+    method = Flap.from_options({"spread": "global", "remove_heads": 2})
+    for own in (found, lower):
+        kept = allocate(own, SIZES, 0.3, method)
+        heads = [(g, stays) for g, stays in zip(own, kept, strict=True) if g.units.kind == "kv_groups"]
+        worst = sorted(heads, key=lambda pair: float(pair[0].scores.min()))
+        assert [len(stays) for _, stays in worst] == [1, 1, 2]
+        assert all(int(stays[0]) == int(g.scores.argmax()) for g, stays in worst[:2])
+
+
+def test_numbers_of_heads_that_cannot_be_are_refused() -> None:
+    for options, sparsity, message in (
+        ({"remove_heads": 2}, 0.3, "choose 0 or 3"),
+        ({"remove_heads": 40}, 0.3, "at most 3"),
+        ({"remove_heads": 3}, 0.01, "channels can meet"),
+        ({"remove_heads": 0}, 0.8, "channels can meet"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            allocate(groups(0), SIZES, sparsity, WandaStructure.from_options(options))
+    channels = [group for group in groups(0) if group.units.kind == "ffn"]
+    method = WandaStructure.from_options({"targets": "ffn", "remove_heads": 3})
+    with pytest.raises(RecipeError, match="leave remove_heads out"):
+        allocate(channels, SIZES, 0.3, method)
+
+
+@pytest.mark.parametrize("spread", ["sigmoid", "global"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.4])
+def test_rounded_widths_meet_the_budget_to_within_half_a_step(spread: str, sparsity: float) -> None:
+    found = [group for group in groups(4) if group.units.kind == "ffn"]
+    method = WandaStructure.from_options({"spread": spread, "round_to": 16, "targets": "ffn"})
+    kept = allocate(found, SIZES, sparsity, method, torch.tensor([0.1, 0.35, 0.2]))
+    assert all(len(stays) % 16 == 0 for stays in kept)
+    step = 16 * found[0].units.parameters
+    assert abs(removed(found, kept) - sparsity * sum(SIZES)) <= step / 2

@@ -100,6 +100,22 @@ def test_a_shift_changes_wifn_and_not_wifv() -> None:
     assert not torch.allclose(wifn.score(plain), wifn.score(shifted), rtol=1e-2)
 
 
+def test_ranks_order_units_alike_within_a_block_and_loss_is_what_bias_leaves(problem: UnitProblem) -> None:
+    """The loss is the diagonal of tr(W_D Cov_DD W_D^T), a parameter (flap, section 2.2)."""
+    plain, logs, loss = (
+        Flap.from_options({"rank": rank}).score(problem) for rank in ("zscore", "log", "loss")
+    )
+    assert torch.equal(plain.argsort(), logs.argsort())
+    assert torch.equal(plain.argsort(), loss.argsort())
+    assert problem.inputs.second_moment is not None
+    assert problem.inputs.mean is not None
+    mean = problem.inputs.mean / 200
+    variance = (problem.inputs.second_moment / 200 - mean.square()) * 200 / 199
+    columns = problem.units.columns(torch.tensor([1]))
+    whole = (problem.weight[:, columns].double().square().sum(0) * variance[columns]).sum()
+    assert float(loss[1]) == pytest.approx(float(whole) / problem.units.parameters, rel=1e-6)
+
+
 def lost(weight: Tensor, new: Tensor, hessian: Tensor) -> float:
     change = (weight - new).double()
     return float(((change @ hessian.double()) * change).sum()) / 2

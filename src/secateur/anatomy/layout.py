@@ -8,7 +8,7 @@ the form of what was read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -94,9 +94,9 @@ class FileLayout:
         used.update(self.outer_names())
         self.untouched = [name for name in tensors if name not in used]
 
-    def block_names(self, index: int) -> list[str]:
-        """Names on disk of what block `index` is made of."""
-        return _names(self._blocks[index])
+    def block_names(self, index: int, only: Collection[str] | None = None) -> list[str]:
+        """Names on disk of what block `index`, or `only` these parameters of it, are made of."""
+        return _names(self._chosen(index, only))
 
     def outer_names(self) -> list[str]:
         """Names on disk of embedding, head, norms and whatever else stands outside the blocks."""
@@ -109,13 +109,15 @@ class FileLayout:
         own = [name for name in self._outer if name.startswith(f"{anatomy.head}.") and name not in shared]
         return _names({name: self._outer[name] for name in own})
 
-    def assemble(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of `block_names(index)` -> parameters and persistent buffers by name inside the block.
+    def assemble(
+        self, index: int, tensors: Mapping[str, Tensor], only: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Tensors of `block_names(index, only)` -> its parameters and buffers by name inside the block.
 
         Whole tensors are handed on without a copy. Raises `CheckpointError` when parts of one parameter
         differ in dtype.
         """
-        return {name: stored.assemble(tensors) for name, stored in self._blocks[index].items()}
+        return {name: stored.assemble(tensors) for name, stored in self._chosen(index, only).items()}
 
     def disassemble(self, index: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The exact inverse of `assemble`; the tensors are views of the parameters."""
@@ -137,6 +139,10 @@ class FileLayout:
                 continue
             found |= {name: shared for name in names if name not in found or _same(found[name], shared)}
         return found
+
+    def _chosen(self, index: int, only: Collection[str] | None) -> dict[str, _Stored]:
+        block = self._blocks[index]
+        return block if only is None else {name: form for name, form in block.items() if name in only}
 
     def _tied_names(self, source: str) -> list[str]:
         return [source, *(alias for alias, known in self._anatomy.tied.items() if known == source)]

@@ -107,6 +107,8 @@ class Driver:
 
     def embed(self) -> Activations:
         """Run everything before block 0, for a pass of the caller's own."""
+        if not self.batches:
+            raise RuntimeError("a forward pass without calibration windows")
         model = self.source.trunk
         blocks = model.get_submodule(self.source.anatomy.blocks_path)
         forward = Forward(model, list(blocks.children()), self.source.device)
@@ -199,6 +201,12 @@ class OpenBlock:
             held.replace(batch, output)
         held.position += self._outputs_read
         return error
+
+    def output(self, batch: Batch) -> Tensor:
+        """(B, T, d) of the block as it is now; nothing is kept."""
+        if self._held is None:
+            raise RuntimeError("a pass without activations has no outputs")
+        return self._held.run(batch, self.index, self.module)
 
     def _run_until_seen(self, held: Activations, batch: Batch) -> Tensor | None:
         """The output of the block, or `None` where it was left as soon as every site was reached."""

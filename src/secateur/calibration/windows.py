@@ -64,6 +64,11 @@ class Windows:
             digest.update(mask.numpy().tobytes())
         return cls(ids, mask, source, digest.hexdigest())
 
+    @classmethod
+    def none(cls) -> Windows:
+        """Of a run that observes nothing: no windows, which fit every model."""
+        return cls(torch.empty(0, 1, dtype=torch.int64), None, "none", "")
+
     def __len__(self) -> int:
         return self.ids.shape[0]
 
@@ -90,6 +95,8 @@ class Windows:
 
     def shard(self, rank: int, world: int) -> Windows:
         """The consecutive windows of one of `world` processes. Raises `CalibrationError` if it gets none."""
+        if not len(self):
+            return self
         if len(self) < world:
             raise CalibrationError(
                 f"{len(self)} windows for {world} processes", "at least one each", "raise --samples"
@@ -98,6 +105,8 @@ class Windows:
 
     def require_fits(self, config: Any) -> None:
         """Raise `CalibrationError` for ids without an embedding or windows longer than the positions."""
+        if not len(self):
+            return
         config = config.get_text_config()
         largest = int(self.ids.max())
         if largest >= config.vocab_size:

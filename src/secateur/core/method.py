@@ -25,6 +25,7 @@ ROOMS = {
         "shortgpt",
         "blockpruner",
         "tyr",
+        "prunenet",
     ),
 }
 """The methods that come with secateur; each is a file of its room."""
@@ -53,7 +54,6 @@ class Method(BaseModel):
         removes: the unit that goes.
         effect: what a user may expect of the result, in one plain sentence.
         needs: statistics that calibration must collect.
-        reads_text: calibration text is looked at even without statistics of single matrices.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,7 +64,6 @@ class Method(BaseModel):
     removes: ClassVar[str]
     effect: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
-    reads_text: ClassVar[bool] = False
 
     @property
     def statistics(self) -> frozenset[Statistic]:

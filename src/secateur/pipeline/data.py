@@ -30,7 +30,7 @@ class RunData:
 
     Attributes:
         loaded: everything that came from the calibration source.
-        calibration: what the method observes of it.
+        calibration: what the method observes of it; no windows where it observes nothing.
         evaluation: windows that judge before and after; None when there is nothing to judge on.
         held_out: how `evaluation` was obtained, in words, for the protocol of the report.
     """
@@ -58,12 +58,22 @@ def window_length(opened: Opened, asked: int | None) -> int:
     return asked
 
 
-def load_run_data(opened: Opened, recipe: Recipe, progress: Progress, cache: Path | None = None) -> RunData:
+def load_run_data(
+    opened: Opened,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    observes: bool = True,
+    cache: Path | None = None,
+) -> RunData:
     """Read or sample the calibration and evaluation windows.
 
-    With no text of its own the evaluation uses windows of the same source that calibration does not see.
+    With no text of its own the evaluation uses windows of the same source that calibration does not see,
+    the same ones whatever the method.
 
     Args:
+        observes: whether the run looks at calibration windows; if not, they are left alone unless the
+            evaluation needs their source.
         cache: folder of an earlier run, whose sampled windows are taken again.
 
     Raises:
@@ -71,11 +81,12 @@ def load_run_data(opened: Opened, recipe: Recipe, progress: Progress, cache: Pat
     """
     wanted = recipe.calibration.samples
     spare = recipe.evaluation_windows if recipe.text is None else 0
-    windows = _cached(cache) if cache and recipe.calibration.source == SELF else None
     place = choose_device(recipe.device)
-    windows = windows or load_windows_for(
-        opened, recipe.calibration, wanted + spare, recipe.seed, progress, place
-    )
+    windows = _cached(cache) if cache and recipe.calibration.source == SELF else None
+    if windows is None and not (observes or spare):
+        windows = Windows.none()
+    if windows is None:
+        windows = load_windows_for(opened, recipe.calibration, wanted + spare, recipe.seed, progress, place)
     if recipe.text is not None and recipe.evaluation_windows:
         held = recipe.calibration.model_copy(update={"source": recipe.text, "column": None})
         evaluation = load_windows_for(opened, held, recipe.evaluation_windows, recipe.seed, progress, place)
@@ -144,6 +155,8 @@ def _refuse_if_too_large(opened: Opened) -> None:
 
 def save_cache(data: RunData, folder: Path) -> None:
     """Keep the windows beside the journal so that a resumed run need not sample again."""
+    if not len(data.loaded):
+        return
     temporary = folder / "windows.new"
     save_file({"ids": data.loaded.ids}, temporary, metadata={"source": data.loaded.source})
     temporary.replace(folder / WINDOWS_FILE)

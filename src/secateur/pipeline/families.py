@@ -11,13 +11,13 @@ from secateur.pipeline.opened import Opened
 from secateur.pipeline.pieces_run import check_pieces, prune_pieces
 from secateur.pipeline.search_run import check_search, prune_search
 from secateur.pipeline.state import Outcome, Run
-from secateur.pipeline.structure_run import check_structure, prune_structure
-from secateur.pipeline.weights_run import check_weights, prune_weights
+from secateur.pipeline.structure_run import check_structure, prune_structure, structure_observes
+from secateur.pipeline.weights_run import check_weights, prune_weights, weights_observe
 from secateur.recipe import Recipe
 from secateur.structure.base import DepthMethod, PieceMethod, SearchMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
-__all__ = ["checked_method", "prune_blocks_of"]
+__all__ = ["checked_method", "observes", "prune_blocks_of"]
 
 
 class _Way(NamedTuple):
@@ -27,17 +27,19 @@ class _Way(NamedTuple):
         base: the class.
         check: `check(opened, method, recipe)` refuses, before a weight is read, what cannot be done.
         prune: `prune(run, method)` writes all blocks.
+        observes: `observes(method, recipe)`: whether that looks at calibration text.
     """
 
     base: type[Method]
     check: Callable[[Opened, Any, Recipe], None]
     prune: Callable[[Run, Any], Outcome]
+    observes: Callable[[Any, Recipe], bool] = lambda method, recipe: True
 
 
 WAYS = (
-    _Way(WeightMethod, check_weights, prune_weights),
+    _Way(WeightMethod, check_weights, prune_weights, weights_observe),
     _Way(SearchMethod, check_search, prune_search),
-    _Way(StructureMethod, check_structure, prune_structure),
+    _Way(StructureMethod, check_structure, prune_structure, structure_observes),
     _Way(DepthMethod, check_depth, prune_depth),
     _Way(PieceMethod, check_pieces, prune_pieces),
 )
@@ -53,6 +55,11 @@ def checked_method(opened: Opened, recipe: Recipe) -> Method:
     method: Method = METHODS.get(recipe.method).from_options(recipe.options)
     _way(method).check(opened, method, recipe)
     return method
+
+
+def observes(method: Method, recipe: Recipe) -> bool:
+    """Whether the run looks at calibration text at all."""
+    return _way(method).observes(method, recipe)
 
 
 def prune_blocks_of(run: Run) -> Outcome:

@@ -19,7 +19,7 @@ from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
 from secateur.loading import REMOTE_CODE
 from secateur.pipeline.data import RunData, load_run_data, save_cache
-from secateur.pipeline.families import checked_method, prune_blocks_of
+from secateur.pipeline.families import checked_method, observes, prune_blocks_of
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.state import Outcome, Run
@@ -72,7 +72,8 @@ def prune_checkpoint(
         if first:
             CheckpointWriter.check(out, opened.checkpoint, resume=resume)
         cache = out / ".secateur" / "scratch"
-        data = load_run_data(dense, recipe, progress, cache=cache if resume else None)
+        looks = observes(method, recipe)
+        data = load_run_data(dense, recipe, progress, observes=looks, cache=cache if resume else None)
         marks = fingerprint(recipe, opened, data)
         writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume) if first else None
         with writer or nullcontext():
@@ -113,7 +114,7 @@ def _judge(
         sizes=Sizes.of(models[0].checkpoint, models[1].checkpoint, outcome.zeros),
         outcome=outcome,
         verdict=verdict,
-        calibration=run.data.calibration,
+        calibration=run.data.calibration if observes(run.method, run.recipe) else None,
         fingerprint=marks,
         command=command,
         seconds=time.perf_counter() - started,

@@ -22,6 +22,7 @@ from secateur.pipeline.data import RunData, split_run_data
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.state import Outcome
 from secateur.pipeline.verify import QUALITY_KEYS, SPEED_KEYS, Verdict
+from secateur.pipeline.weights_run import weights_observe
 from secateur.recipe import MAX_DEFAULT_LENGTH, Recipe
 from secateur.report.model import Layer, Report
 from secateur.weights.base import WeightMethod
@@ -63,7 +64,7 @@ def prune_model(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any, progr
         sizes=Sizes.unchanged(parameters, nbytes, outcome.zeros),
         outcome=outcome,
         verdict=verdict,
-        calibration=data.calibration,
+        calibration=data.calibration if weights_observe(method, recipe) else None,
         fingerprint={"recipe": recipe.model_dump(mode="json"), "calibration": data.calibration.sha256},
         command="secateur.prune(model, ...)",
         seconds=time.perf_counter() - started,

@@ -69,8 +69,8 @@ def build_report(
     seconds: float,
     peak_memory_bytes: int | None,
 ) -> Report:
-    """Everything the contract with users asks for, validated."""
-    observed = calibration if method.statistics or method.reads_text else None
+    """Everything the contract with users asks for, validated; `calibration` are the windows that were
+    observed, if any."""
     measured = {**verdict.values, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes}
     missing = dict(verdict.not_measured)
     if peak_memory_bytes is None:
@@ -88,7 +88,7 @@ def build_report(
         **vars(sizes),
         **measured,
         protocol=Protocol(**verdict.protocol) if verdict.protocol else None,
-        calibration=None if observed is None else _calibration(observed),
+        calibration=_calibration(calibration) if calibration else None,
         seed=recipe.seed,
         versions=versions(),
         machine=Machine(**machine_facts()),

@@ -22,9 +22,10 @@ from secateur.pipeline.opened import Opened
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 
-__all__ = ["SCORES", "UNEQUAL", "Outcome", "Run", "part_name"]
+__all__ = ["PREPARED", "SCORES", "UNEQUAL", "Outcome", "Run", "part_name"]
 
 SCORES = "scores.safetensors"
+PREPARED = "prepared.safetensors"
 UNEQUAL = "Blocks differ: load it after `import secateur`, or with trust_remote_code=True."
 
 
@@ -81,14 +82,14 @@ class Run:
                 block.parameters[name].copy_(tensor)
         return stored, whole
 
-    def remembered(self, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Scores of the run that was interrupted, or new ones, which the next resume finds."""
-        path = self.scratch / SCORES
+    def remembered(self, find: Callable[[], dict[str, Tensor]], name: str = SCORES) -> dict[str, Tensor]:
+        """Tensors of the run that was interrupted, or new ones, which the next resume finds."""
+        path = self.scratch / name
         if path.exists():
             return read_tensors(path, read_header(path).values())
         found = find()
-        if self.writer:
-            save_tensors(self.writer.workspace / SCORES, found)
+        if self.writer and found:
+            save_tensors(self.writer.workspace / name, found)
         return found
 
     def keep(self, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:

@@ -12,17 +12,17 @@ from secateur.anatomy.cut import cut_shapes
 from secateur.anatomy.resized import is_stock, resized_config
 from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import InputError, RecipeError
-from secateur.core.statistics import InputStatistics
 from secateur.pipeline.cutting import Choice, Cutter
-from secateur.pipeline.matrices import generator_for, statistics_of
+from secateur.pipeline.matrices import generator_for
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.scores import NO_SCORES, origin_of, read_scores, scores_file
-from secateur.pipeline.state import SCORES, UNEQUAL, Outcome, Run
-from secateur.pipeline.watching import BlockWatch
+from secateur.pipeline.state import PREPARED, SCORES, UNEQUAL, Outcome, Run
+from secateur.pipeline.unit_weights import UnitWeights, problems_of, shapes_of
+from secateur.pipeline.watching import BlockWatch, across_ffn
 from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, allocate
-from secateur.structure.base import StructureMethod, UnitProblem
-from secateur.structure.units import Units, kept_spaces, producers
+from secateur.structure.base import StructureMethod
+from secateur.structure.units import Units, kept_spaces
 
 __all__ = [
     "check_sizes",
@@ -30,7 +30,7 @@ __all__ = [
     "equal_shares",
     "groups_of",
     "prune_structure",
-    "unit_problem",
+    "structure_observes",
 ]
 
 
@@ -44,6 +44,7 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
     """
     groups = groups_of(opened, method)
     check_sizes(opened, groups, equal_shares(opened, groups, method, recipe.resolved_sparsity))
+    method.check(shapes_of(opened, method))
     if recipe.scores is not None:
         _given(opened, method, Path(recipe.scores))
 
@@ -67,15 +68,21 @@ def check_sizes(opened: Opened, groups: Sequence[tuple[int, Units]], kept: Seque
     resized_config(opened.checkpoint.config, opened.anatomy, spaces, shapes)
 
 
+def structure_observes(method: StructureMethod, recipe: Recipe) -> bool:
+    """Whether scores, their spread or a refit look at calibration text."""
+    scoring = bool(method.statistics) or method.spread == "sigmoid"
+    return method.compensate == "least_squares" or (scoring and recipe.scores is None)
+
+
 def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     """Score, choose, cut. Scores are kept beside the result, to plan other ratios from."""
     blocks = run.opened.anatomy.blocks
-    found = _scores(run, method)
+    found, files = _scores(run, method)
     scored = [
         Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in groups_of(run.opened, method)
     ]
     sizes = [block.size for block in blocks]
-    kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method, found.get("turns"))
+    kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method, found.get(method.change))
     choices = [
         Choice(group, found.get(f"{group.block}.{group.units.kind}.mean"), stays)
         for group, stays in zip(scored, kept, strict=True)
@@ -89,7 +96,7 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
         blocks=rows,
         sparsity=freed / sum(sizes),
         config_updates=cutter.config_updates,
-        files={SCORES: scores_file(found, _origin(run.opened, method))},
+        files={SCORES: scores_file(found, _origin(run.opened, method)), **files},
         warnings=[] if stock else [UNEQUAL],
     )
 
@@ -106,27 +113,36 @@ def groups_of(opened: Opened, method: StructureMethod) -> list[tuple[int, Units]
     return groups
 
 
-def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
+def _scores(run: Run, method: StructureMethod) -> tuple[dict[str, Tensor], dict[str, bytes]]:
     """Scores (`3.ffn`) and mean inputs (`3.ffn.mean`), from one pass over the dense model unless they are
-    given, or left by the run that was interrupted."""
+    given, or left by the run that was interrupted; and files of the method's own."""
     if run.recipe.scores is not None:
-        return _given(run.opened, method, Path(run.recipe.scores))
-    return run.remembered(lambda: _score(run, method))
+        return _given(run.opened, method, Path(run.recipe.scores)), {}
+    prepared = run.remembered(lambda: _prepared(run, method), PREPARED)
+    return run.remembered(lambda: _score(run, method, prepared)), method.files(prepared)
 
 
-def _score(run: Run, method: StructureMethod) -> dict[str, Tensor]:
+def _prepared(run: Run, method: StructureMethod) -> dict[str, Tensor]:
+    seed = run.recipe.seed
+    weights = UnitWeights(run.opened, method, seed, run.device)
+    return method.prepare(weights, generator_for(seed, method.id), run.progress)
+
+
+def _score(run: Run, method: StructureMethod, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     driver, watch = run.driver(), BlockWatch() if method.spread == "sigmoid" else None
     blocks = driver.blocks(forward=bool(method.statistics or watch), outputs=watch is not None)
     with run.progress.task(f"scoring with {method.id}", len(run.opened.anatomy.blocks)) as task:
         for opened in blocks:
-            found |= _score_block(run, method, opened)
+            found |= _score_block(run, method, opened, prepared)
             if watch:
                 watch.next_block()
-            opened.finish(watch)
+            across = method.coarse_scope == "mlp"
+            opened.finish(across_ffn(watch, opened) if watch and across else watch)
             task.advance()
     if watch:
-        found["turns"] = watch.states(run.group)["turns"]
+        changes = watch.changes(run.group)
+        found[method.change] = changes[method.change.removesuffix(".mlp")]
     return found
 
 
@@ -147,29 +163,20 @@ def _needed(opened: Opened, method: StructureMethod) -> list[str]:
     """What a file of scores must hold for these options."""
     names = [f"{index}.{units.kind}" for index, units in groups_of(opened, method)]
     means = [f"{name}.mean" for name in names] if method.compensate == "bias" else []
-    return [*names, *means, *(["turns"] if method.spread == "sigmoid" else [])]
+    return [*names, *means, *([method.change] if method.spread == "sigmoid" else [])]
 
 
-def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[str, Tensor]:
-    needs, kinds = method.statistics, method.units(opened.block)
-    sites = {units.writer.input for units in kinds}
+def _score_block(
+    run: Run, method: StructureMethod, opened: OpenBlock, prepared: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    needs = method.statistics
+    sites = {units.writer.input for units in method.units(opened.block)}
     observed = opened.observe(needs, sites=sites, record_output=False) if needs else {}
     found: dict[str, Tensor] = {}
-    for units in kinds:
-        name = f"{opened.index}.{units.kind}"
-        inputs = statistics_of(units.writer, observed)
-        problem = unit_problem(run, opened, units, inputs)
-        found[name] = method.score(problem).float().cpu()
+    problems = problems_of(opened.block, opened.parameters, method, run.recipe.seed, observed, prepared)
+    for problem in problems:
+        found[problem.name] = method.score(problem).float().cpu()
+        inputs = problem.inputs
         if inputs.mean is not None:
-            found[f"{name}.mean"] = (inputs.mean / max(inputs.tokens, 1)).cpu()
+            found[f"{problem.name}.mean"] = (inputs.mean / max(inputs.tokens, 1)).cpu()
     return found
-
-
-def unit_problem(run: Run, opened: OpenBlock, units: Units, inputs: InputStatistics) -> UnitProblem:
-    """What a method scores, from an open block and what was observed in it."""
-    name = f"{opened.index}.{units.kind}"
-    weight = units.writer.view(opened.parameters).float()
-    generator = generator_for(run.recipe.seed, name)
-    return UnitProblem(
-        name, units, weight, inputs, generator, producers(opened.block, opened.parameters, units)
-    )

@@ -14,7 +14,7 @@ from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
 from secateur.checkpoint.safetensors_header import read_header
 from secateur.pipeline.matrices import statistics_of
 from secateur.pipeline.state import Run
-from secateur.pipeline.structure_run import unit_problem
+from secateur.pipeline.unit_weights import problem_of
 from secateur.structure.base import SearchMethod
 from secateur.structure.levels import Ladder, Version, solve, stand_in
 
@@ -105,7 +105,8 @@ def _solve(run: Run, method: SearchMethod, supernet: Supernet, opened: OpenBlock
     )
     versions: Versions = {}
     for ladder in own:
-        problem = unit_problem(run, opened, ladder.units, statistics_of(ladder.units.writer, observed))
+        inputs = statistics_of(ladder.units.writer, observed)
+        problem = problem_of(opened.block, opened.parameters, ladder.units, run.recipe.seed, inputs)
         assert problem.inputs.hessian is not None
         solved = solve(ladder, method.score(problem), problem.weight, problem.inputs.hessian, method)
         versions[ladder.units.kind] = {

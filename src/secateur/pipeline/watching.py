@@ -8,8 +8,12 @@ from torch.nn.functional import normalize
 
 from secateur.calibration.activations import Batch
 from secateur.calibration.distributed import Group
+from secateur.calibration.driver import OpenBlock, Watch
+from secateur.structure.units import units_of
 
-__all__ = ["BlockWatch"]
+__all__ = ["BlockWatch", "across_ffn"]
+
+CHANGES = ("influence", "turns", "mse", "mae")
 
 
 class BlockWatch:
@@ -21,14 +25,16 @@ class BlockWatch:
 
     def next_block(self) -> None:
         """Say that another block comes."""
-        self._sums.append(torch.zeros(3, dtype=torch.float64))
+        self._sums.append(torch.zeros(len(CHANGES) + 1, dtype=torch.float64))
         self._last += [[] for _ in range(1 if self._last else 2)]
 
     def __call__(self, batch: Batch, before: Tensor, after: Tensor) -> None:
         a, b = (normalize(batch.real(hidden).float(), dim=-1) for hidden in (before, after))
         turns = 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)) / torch.pi  # exact where small
         moves = (a - b).square().sum(-1) / 2  # 1 - cos
-        sums = torch.stack([moves.double().sum(), turns.double().sum()]).cpu()
+        apart = batch.real(after).float() - batch.real(before).float()
+        kinds = (moves, turns, apart.square().mean(-1), apart.abs().mean(-1))
+        sums = torch.stack([kind.double().sum() for kind in kinds]).cpu()
         self._sums[-1] += torch.cat([sums, sums.new_tensor([len(a)])])
         if len(self._last) == 2:
             self._last[0].append(_last(batch, before))
@@ -36,15 +42,48 @@ class BlockWatch:
 
     def states(self, group: Group | None) -> dict[str, Tensor]:
         """The fields of `BlockStates`, over all processes."""
-        sums = torch.stack(self._sums)
         depths = normalize(torch.stack([torch.cat(parts) for parts in self._last], dim=1).double(), dim=-1)
         angles = (depths @ depths.mT).clamp(-1, 1).acos().div(torch.pi).sum(0)
         windows = torch.tensor(float(len(depths)), dtype=torch.float64)
         if group:
-            for tensor in (sums, angles, windows):
+            for tensor in (angles, windows):
                 group.all_reduce(tensor)
-        influence, turns = (sums[:, :2] / sums[:, 2:]).T.contiguous()
-        return {"influence": influence.clone(), "turns": turns.clone(), "angles": angles / windows}
+        changes = self.changes(group)
+        found = {name: changes[name] for name in ("influence", "turns")}
+        return {**found, "angles": angles / windows}
+
+    def changes(self, group: Group | None) -> dict[str, Tensor]:
+        """(L,) each, means over tokens of all processes: `influence` and `turns` as above, `mse` and `mae` of
+        output against input, over the hidden dimension (cfsp, section 2.1)."""
+        sums = torch.stack(self._sums)
+        if group:
+            group.all_reduce(sums)
+        means = sums[:, :-1] / sums[:, -1:]
+        return {name: means[:, number].clone() for number, name in enumerate(CHANGES)}
+
+
+def across_ffn(watch: Watch, opened: OpenBlock) -> Watch:
+    """The same watch of the feed-forward part alone: what enters is the output of the block whose
+    feed-forward matrices write nothing, whatever norms and scales stand behind them."""
+    names = [
+        name
+        for units in units_of(opened.block)
+        if units.kind.endswith("ffn")
+        for name in (units.writer.parameter, f"{units.writer.name}.bias")
+        if name in opened.parameters
+    ]
+
+    def watched(batch: Batch, before: Tensor, after: Tensor) -> None:
+        kept = {name: opened.parameters[name].clone() for name in names}
+        with torch.no_grad():
+            for name in names:
+                opened.parameters[name].zero_()
+            silent = opened.output(batch)
+            for name, tensor in kept.items():
+                opened.parameters[name].copy_(tensor)
+        watch(batch, silent, after)
+
+    return watched
 
 
 def _last(batch: Batch, hidden: Tensor) -> Tensor:

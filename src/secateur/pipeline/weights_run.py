@@ -22,14 +22,21 @@ from secateur.pipeline.matrices import Budget
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run, part_name
 from secateur.recipe import Recipe
+from secateur.weights.allocation import ALLOCATIONS
 from secateur.weights.base import WeightMethod
 
-__all__ = ["check_weights", "prune_weights"]
+__all__ = ["check_weights", "prune_weights", "weights_observe"]
 
 
 def check_weights(opened: Opened, method: WeightMethod, recipe: Recipe) -> None:
     """Refuse a pattern that this model or method cannot have. Raises `RecipeError`."""
     check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
+
+
+def weights_observe(method: WeightMethod, recipe: Recipe) -> bool:
+    """Whether the method or the allocation looks at calibration text."""
+    allocation = ALLOCATIONS.get(recipe.allocation).from_options(recipe.allocation_options)
+    return bool(method.statistics) or allocation.needs_pass == "activations"
 
 
 def prune_weights(run: Run, method: WeightMethod) -> Outcome:

@@ -42,8 +42,8 @@ def allocate(
     Args:
         groups: all units of the model.
         sizes: parameters of each block; `sparsity` is the fraction of their sum that goes.
-        method: its `spread`, `min_keep` and `round_to` are respected.
-        angles: (L,) how much each block turns the hidden state, for the spread `sigmoid`.
+        method: its `spread`, `remove_heads`, `min_keep` and `round_to` are respected.
+        angles: (L,) how much each block changes the hidden state, for the spread `sigmoid`.
 
     Returns:
         For each group the units that stay, sorted int64.
@@ -51,27 +51,76 @@ def allocate(
     Raises:
         RecipeError: more than can be removed, or no share of heads and channels comes near.
     """
-    budget = sparsity * sum(sizes)
+    _check_possible(groups, sizes, sparsity, method)
+    budgets = [sparsity * size for size in sizes]
+    removed: list[Tensor] = [group.scores.new_empty(0).long() for group in groups]
+    rest = list(range(len(groups)))
+    if method.remove_heads is not None:
+        rest = [number for number in rest if groups[number].units.kind.endswith("ffn")]
+        heads = [number for number in range(len(groups)) if number not in rest]
+        for number, gone in zip(heads, _heads([groups[n] for n in heads], len(sizes), method), strict=True):
+            removed[number] = gone
+            budgets[groups[number].block] -= len(gone) * groups[number].units.parameters
+    chosen = _chosen([groups[number] for number in rest], budgets, method, angles) if rest else []
+    for number, gone in zip(rest, chosen, strict=True):
+        removed[number] = gone
+    _check_reached(groups, removed, sparsity, sum(sizes), method)
+    return [group.units.others(gone) for gone, group in zip(removed, groups, strict=True)]
+
+
+def _check_possible(
+    groups: Sequence[Scored], sizes: Sequence[int], sparsity: float, method: StructureMethod
+) -> None:
     most = sum(_removable(group.units, method) * group.units.parameters for group in groups)
-    if budget > most:
+    if sparsity * sum(sizes) > most:
         raise RecipeError(
             f"sparsity {sparsity:g}",
             f"at most {most / sum(sizes):.3f}: the rest is norms and the {method.min_keep} unit(s) of each "
             "kind that a block keeps",
             "lower --sparsity or min_keep",
         )
+
+
+def _chosen(
+    groups: Sequence[Scored], budgets: Sequence[float], method: StructureMethod, angles: Tensor | None
+) -> list[Tensor]:
+    """The units that go, of these groups; budgets are parameters of each block."""
+    budget = sum(budgets)
     if method.spread == "global":
-        removed = _ranked(groups, budget, method)
-        pairs = zip(groups, removed, strict=True)
-        removed = _lowest(groups, [_rounded(group.units, len(gone), method) for group, gone in pairs])
+        removed = _ranked(groups, budget, method, [group.units.parameters for group in groups])
+        wanted: list[float] = [len(gone) for gone in removed]
     else:
-        budgets = [sparsity * size for size in sizes]
         if method.spread == "sigmoid":
             assert angles is not None
             budgets = _by_angle(groups, budget, angles.double(), method.sharpness)
-        removed = _lowest(groups, _spread(groups, budgets, method))
-    _check_reached(groups, removed, sparsity, sum(sizes), method)
-    return [group.units.others(gone) for gone, group in zip(removed, groups, strict=True)]
+        wanted = _shares(groups, budgets, method)
+    pairs = list(zip(groups, wanted, strict=True))
+    counts = [_rounded(group.units, share, method) for group, share in pairs]
+    if method.spread == "sigmoid" or (method.spread == "global" and method.round_to > 1):
+        counts = _balanced(groups, wanted, counts, budget, method)
+    return _lowest(groups, counts)
+
+
+def _heads(groups: Sequence[Scored], blocks: int, method: StructureMethod) -> list[Tensor]:
+    """`method.remove_heads` of all heads: the same number in every block, or the lowest of one ranking
+    (flap, section 2.3: UL-MM and AL-MM)."""
+    total, most = method.remove_heads or 0, sum(_removable(group.units, method) for group in groups)
+    if not groups:
+        raise RecipeError(
+            f"remove_heads {total} with targets {method.targets}", "heads to remove", "leave remove_heads out"
+        )
+    if total > most:
+        raise RecipeError(f"remove_heads {total}", f"at most {most}", "lower it or min_keep")
+    if method.spread == "global":
+        return _ranked(groups, total, method, [1] * len(groups))
+    if total % blocks:
+        near = total // blocks * blocks
+        raise RecipeError(
+            f"remove_heads {total} with spread {method.spread} on {blocks} blocks",
+            f"a multiple of {blocks}",
+            f"choose {near} or {near + blocks}, or spread=global",
+        )
+    return _lowest(groups, [min(total // blocks, _removable(group.units, method)) for group in groups])
 
 
 def _check_reached(
@@ -80,8 +129,16 @@ def _check_reached(
     """Refuse a share that whole units do not come near, where no channels are there to make up for heads."""
     freed = sum(len(gone) * group.units.parameters for group, gone in zip(groups, removed, strict=True))
     near = freed / total
-    if any(group.units.kind.endswith("ffn") for group in groups) or abs(near - sparsity) <= TOLERANCE:
+    alone = not any(group.units.kind.endswith("ffn") for group in groups)
+    given = method.remove_heads is not None
+    if not (alone or given) or abs(near - sparsity) <= TOLERANCE:
         return
+    if given:
+        raise RecipeError(
+            f"remove_heads {method.remove_heads} at sparsity {sparsity:g}",
+            f"a number with which channels can meet it: this comes to {near:.3f}",
+            "lower or raise remove_heads",
+        )
     step = min(group.units.parameters for group in groups) / total
     step *= 1 if method.spread == "global" else len({group.block for group in groups})
     others = [near - step, near, near + step]
@@ -112,10 +169,10 @@ def _by_angle(groups: Sequence[Scored], budget: float, angles: Tensor, sharpness
     return ((1 - share / mean * kept) * whole).tolist()
 
 
-def _spread(groups: Sequence[Scored], budgets: Sequence[float], method: StructureMethod) -> list[int]:
+def _shares(groups: Sequence[Scored], budgets: Sequence[float], method: StructureMethod) -> list[float]:
     """Units to remove of each group: the kinds of a block share its budget in proportion, the coarsest
     first, so that the finest makes up for what rounding left."""
-    counts = [0] * len(groups)
+    shares = [0.0] * len(groups)
     for block, left in enumerate(budgets):
         own = [number for number, group in enumerate(groups) if group.block == block]
         own.sort(key=lambda number: -groups[number].units.parameters)
@@ -123,9 +180,44 @@ def _spread(groups: Sequence[Scored], budgets: Sequence[float], method: Structur
             units = groups[own[0]].units
             whole = sum(groups[number].units.count * groups[number].units.parameters for number in own)
             share = left * units.count / whole
-            counts[own[0]] = _rounded(units, share, method)
-            left -= counts[own.pop(0)] * units.parameters
-    return counts
+            shares[own[0]] = share
+            left -= _rounded(units, share, method) * units.parameters
+            own.pop(0)
+    return shares
+
+
+def _balanced(
+    groups: Sequence[Scored],
+    wanted: Sequence[float],
+    counts: Sequence[int],
+    budget: float,
+    method: StructureMethod,
+) -> list[int]:
+    """Counts that meet the budget to within half a step of `round_to`: one width after the other moves to its
+    next multiple, first the one that comes closest to what was wanted (cfsp, section 5)."""
+    counts = list(counts)
+    while True:
+        excess = sum(n * group.units.parameters for n, group in zip(counts, groups, strict=True)) - budget
+        moves = [
+            (abs(wanted[number] - to), number, to)
+            for number, group in enumerate(groups)
+            if (to := _next(group.units, counts[number], excess > 0, method)) is not None
+            and abs(excess + (to - counts[number]) * group.units.parameters) < abs(excess)
+        ]
+        if not moves:
+            return counts
+        _, number, to = min(moves)
+        counts[number] = to
+
+
+def _next(units: Units, count: int, fewer: bool, method: StructureMethod) -> int | None:
+    """What is removed with the next legal width above or below; None where there is none."""
+    if not units.kind.endswith("ffn"):
+        return None
+    kept, step = units.count - count, method.round_to
+    to = min(kept // step * step + step, units.count) if fewer else (kept - 1) // step * step
+    removed = units.count - to
+    return removed if removed != count and to > 0 and removed <= _removable(units, method) else None
 
 
 def _rounded(units: Units, share: float, method: StructureMethod) -> int:
@@ -138,8 +230,10 @@ def _lowest(groups: Sequence[Scored], counts: Sequence[int]) -> list[Tensor]:
     return [group.scores.argsort(stable=True)[:count] for group, count in zip(groups, counts, strict=True)]
 
 
-def _ranked(groups: Sequence[Scored], budget: float, method: StructureMethod) -> list[Tensor]:
-    """The lowest of all units whose parameters fit into the budget."""
+def _ranked(
+    groups: Sequence[Scored], budget: float, method: StructureMethod, prices: Sequence[int]
+) -> list[Tensor]:
+    """The lowest of all units whose prices, one a unit of each group, fit into the budget."""
     import torch
 
     candidates = [
@@ -149,7 +243,7 @@ def _ranked(groups: Sequence[Scored], budget: float, method: StructureMethod) ->
         [_comparable(group.scores, method)[chosen] for group, chosen in zip(groups, candidates, strict=True)]
     )
     owner = torch.cat([torch.full_like(chosen, number) for number, chosen in enumerate(candidates)])
-    costs = torch.tensor([group.units.parameters for group in groups])[owner]
+    costs = torch.tensor(prices)[owner]
     taken = torch.zeros(len(scores), dtype=torch.bool)
     order = scores.argsort(stable=True)
     left = int(budget)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import Field, PositiveInt
 
 from secateur.anatomy.model import Block
 from secateur.core.method import METHODS, Method
+from secateur.core.progress import Progress
 from secateur.core.statistics import InputStatistics, Statistic
 from secateur.structure.units import Units, units_of
 
@@ -34,6 +35,7 @@ __all__ = [
 Compensation = Literal["none", "bias", "least_squares"]
 Spread = Literal["uniform", "global", "sigmoid"]
 Targets = Literal["all", "ffn", "heads"]
+Coarse = Literal["angular", "cosine", "mse", "mae"]
 
 
 @dataclass
@@ -47,6 +49,7 @@ class UnitProblem:
         producers: float32 (rows, d) of the matrices, or parts of fused ones, whose rows the units are.
         inputs: what was observed of its input; sums over tokens.
         generator: seeded for these very units.
+        prepared: what the method's `prepare` gave.
     """
 
     name: str
@@ -55,6 +58,7 @@ class UnitProblem:
     inputs: InputStatistics
     generator: torch.Generator
     producers: Sequence[Tensor] = ()
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class StructureMethod(Method):
@@ -77,12 +81,27 @@ class StructureMethod(Method):
         "sigmoid: more where a block turns the hidden state little",
     )
     targets: Targets = Field("all", description="all, feed-forward channels alone, or heads alone")
+    remove_heads: int | None = Field(
+        None, ge=0, description="key-value heads that go in the whole model; channels make up the rest"
+    )
+    coarse: Coarse = Field(
+        "angular", description="how the spread sigmoid sees a block change the hidden state"
+    )
+    coarse_scope: Literal["block", "mlp"] = Field(
+        "block", description="across a block or its feed-forward part"
+    )
     compensate: Compensation = Field(
         "none", description="none, bias (mean output) or least_squares (refit on what stays)"
     )
     sharpness: float = Field(13.1072, ge=0, description="of the spread sigmoid, per unit of angle / pi")
     min_keep: int = Field(1, ge=1, description="units of a kind that every block keeps at least")
     round_to: int = Field(1, ge=1, description="widths of feed-forward parts stay multiples of this")
+
+    @property
+    def change(self) -> str:
+        """The name under which the change of the hidden state is kept that the spread sigmoid reads."""
+        name = {"angular": "turns", "cosine": "influence"}.get(self.coarse, self.coarse)
+        return name if self.coarse_scope == "block" else f"{name}.mlp"
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -92,6 +111,21 @@ class StructureMethod(Method):
         """The kinds of units of a block that compete."""
         ffn = {"all": {True, False}, "ffn": {True}, "heads": {False}}[self.targets]
         return [units for units in units_of(block) if units.kind.endswith("ffn") in ffn]
+
+    def check(self, problems: Collection[UnitProblem]) -> None:
+        """Refuse, before anything is read, what these options cannot score: tensors are on the meta device
+        and have shapes alone. Raises `InputError`."""
+
+    def prepare(
+        self, problems: Collection[UnitProblem], generator: torch.Generator, progress: Progress
+    ) -> dict[str, Tensor]:
+        """What the weights of all blocks tell before the first is scored; kept for `--resume`.
+
+        Args:
+            problems: of all blocks, without statistics; every iteration is one pass over the files.
+            generator: seeded for this run.
+        """
+        return {}
 
     def score(self, problem: UnitProblem) -> Tensor:
         """(count,) importance of each unit; the smallest go."""
@@ -103,6 +137,10 @@ class StructureMethod(Method):
         Asked only before least squares; `problem.inputs` then has a Hessian.
         """
         return kept
+
+    def files(self, prepared: Mapping[str, Tensor]) -> dict[str, bytes]:
+        """What lies beside the result for later runs, by name."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -127,7 +165,6 @@ class DepthMethod(Method):
     family: ClassVar[str] = "structure"
     removes: ClassVar[str] = "whole decoder blocks"
     effect: ClassVar[str] = "a shallower dense model of the same class: fewer bytes and faster everywhere"
-    reads_text: ClassVar[bool] = True
 
     def choose(self, states: BlockStates, count: int) -> list[int]:
         """The blocks that go, sorted."""
@@ -163,7 +200,6 @@ class PieceMethod(Method):
     family: ClassVar[str] = "structure"
     removes: ClassVar[str] = "attention and feed-forward parts of blocks, or whole blocks"
     effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
-    reads_text: ClassVar[bool] = True
 
     unit: Literal["subblock", "layer"] = Field(
         "subblock", description="subblock: attention and feed-forward parts on their own; layer: whole blocks"

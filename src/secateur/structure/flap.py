@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Flap"]
 
+SMALLEST = 1e-30
+
 
 @register
 class Flap(StructureMethod):
     """Fluctuation of a channel times the weights that read it; the mean of what goes becomes a bias
-    (flap, sections 2.1 to 2.4)."""
+    (flap, sections 2.1 to 2.4).
+
+    Few channels fluctuate much, so the mean of z-scores over a head is close to zero where channels reach far
+    up: `rank` has two other ways for heads and channels to compete (flap, section 5).
+    """
 
     id: ClassVar[str] = "flap"
     paper: ClassVar[Paper | None] = Paper(
@@ -29,9 +35,14 @@ class Flap(StructureMethod):
 
     comparable: ClassVar[bool] = True
 
-    spread: Spread = Field("global", description="global: AL-AM of the paper; uniform: UL-UM")
+    spread: Spread = Field(
+        "global", description="global: AL-AM of the paper, with remove_heads AL-MM; uniform: UL-UM and UL-MM"
+    )
     metric: Literal["wifv", "wifn", "ifv"] = Field(
         "wifv", description="variance times squared weights, mean weight times norm, or variance alone"
+    )
+    rank: Literal["zscore", "log", "loss"] = Field(
+        "zscore", description="what blocks compete by: standard deviations, logarithms, or loss a parameter"
     )
     attention_power: float = Field(
         1.0, gt=0, description="power of the channel metric of attention; the published code uses 2"
@@ -44,7 +55,12 @@ class Flap(StructureMethod):
         columns = self._channels(problem)
         if not problem.units.kind.endswith("ffn"):
             columns = columns**self.attention_power
-        return problem.units.per_unit(_standardised(columns)).mean(1)
+        units = problem.units
+        if self.rank == "loss":
+            return units.per_unit(columns).sum(1) / units.parameters
+        if self.rank == "log":
+            return units.per_unit(columns).mean(1).clamp_min(SMALLEST).log()
+        return units.per_unit(_standardised(columns)).mean(1)
 
     def _channels(self, problem: UnitProblem) -> Tensor:
         """(C,) importance of the columns, float64."""

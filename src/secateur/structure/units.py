@@ -12,7 +12,7 @@ from secateur.anatomy.model import Block, Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Units", "kept_spaces", "producers", "units_of"]
+__all__ = ["Units", "kept_spaces", "parameters_of", "producers", "units_of"]
 
 HEADS, KV_HEADS = "heads", "kv_heads"
 
@@ -102,11 +102,22 @@ def kept_spaces(units: Units, kept: Tensor) -> dict[str, Tensor]:
 
 def producers(block: Block, parameters: Mapping[str, Tensor], units: Units) -> list[Tensor]:
     """(rows, d) float32 of every matrix, or part of a fused one, whose rows belong to the units."""
-    found = []
-    for matrix in block.matrices:
-        start = 0
-        for segment in matrix.rows.segments if matrix.expert is None else ():
-            if segment.space in units.spaces:
-                found.append(matrix.view(parameters)[start : start + segment.size].float())
-            start += segment.size
+    return [
+        matrix.view(parameters)[rows].float() for matrix in block.matrices for rows in _rows_of(matrix, units)
+    ]
+
+
+def parameters_of(block: Block, units: Units) -> set[str]:
+    """The parameters that `units.writer` and `producers` read."""
+    made = {matrix.parameter for matrix in block.matrices if _rows_of(matrix, units)}
+    return made | {units.writer.parameter}
+
+
+def _rows_of(matrix: Matrix, units: Units) -> list[slice]:
+    """Where rows of the units lie in a matrix."""
+    found, start = [], 0
+    for segment in matrix.rows.segments if matrix.expert is None else ():
+        if segment.space in units.spaces:
+            found.append(slice(start, start + segment.size))
+        start += segment.size
     return found

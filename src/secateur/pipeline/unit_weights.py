@@ -1,0 +1,94 @@
+"""The weights of all units of a model, for methods that look at every block before the first is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from secateur.anatomy.model import Block
+from secateur.core.statistics import InputStatistics
+from secateur.evaluation.memory import available_memory_bytes
+from secateur.pipeline.matrices import generator_for, statistics_of
+from secateur.pipeline.opened import Opened
+from secateur.structure.base import StructureMethod, UnitProblem
+from secateur.structure.units import Units, parameters_of, producers
+
+__all__ = ["UnitWeights", "problem_of", "problems_of", "shapes_of"]
+
+MEMORY_FRACTION = 0.25
+
+
+def problem_of(
+    block: Block,
+    parameters: Mapping[str, Tensor],
+    units: Units,
+    seed: int,
+    inputs: InputStatistics,
+    prepared: Mapping[str, Tensor] | None = None,
+) -> UnitProblem:
+    """What a method scores: units of a block with its weights, and what was observed of their input."""
+    name = f"{block.index}.{units.kind}"
+    weight = units.writer.view(parameters).float()
+    made = producers(block, parameters, units)
+    return UnitProblem(name, units, weight, inputs, generator_for(seed, name), made, prepared or {})
+
+
+def problems_of(
+    block: Block,
+    parameters: Mapping[str, Tensor],
+    method: StructureMethod,
+    seed: int,
+    observed: Mapping[str, list[InputStatistics]] | None = None,
+    prepared: Mapping[str, Tensor] | None = None,
+) -> Iterator[UnitProblem]:
+    """The problems of one block, a kind of units each."""
+    for units in method.units(block):
+        inputs = statistics_of(units.writer, observed or {})
+        yield problem_of(block, parameters, units, seed, inputs, prepared)
+
+
+def shapes_of(opened: Opened, method: StructureMethod) -> list[UnitProblem]:
+    """The problems of all blocks, with tensors that have shapes and no values."""
+    found: list[UnitProblem] = []
+    for block in opened.anatomy.blocks:
+        empty = {name: torch.empty(shape, device="meta") for name, shape in block.parameters.items()}
+        found += problems_of(block, empty, method, 0)
+    return found
+
+
+class UnitWeights(Collection[UnitProblem]):
+    """The problems of all blocks, without statistics; each iteration reads the files once.
+
+    Only matrices that belong to the units are read. As many blocks as fit into a quarter of the free memory
+    stay there for the next iteration.
+    """
+
+    def __init__(self, opened: Opened, method: StructureMethod, seed: int, device: torch.device) -> None:
+        self._opened, self._method, self._seed, self._device = opened, method, seed, device
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._room = MEMORY_FRACTION * available_memory_bytes()
+
+    def __len__(self) -> int:
+        return sum(len(self._method.units(block)) for block in self._opened.anatomy.blocks)
+
+    def __contains__(self, item: object) -> bool:
+        return any(item is problem for problem in self)
+
+    def __iter__(self) -> Iterator[UnitProblem]:
+        for block in self._opened.anatomy.blocks:
+            stored = self._kept.get(block.index) or self._read(block)
+            on_device = {name: tensor.to(self._device) for name, tensor in stored.items()}
+            yield from problems_of(block, on_device, self._method, self._seed)
+
+    def _read(self, block: Block) -> dict[str, Tensor]:
+        needed = {name for units in self._method.units(block) for name in parameters_of(block, units)}
+        layout, checkpoint = self._opened.layout, self._opened.checkpoint
+        tensors = checkpoint.read(layout.block_names(block.index, needed))
+        stored = layout.assemble(block.index, tensors, needed)
+        size = sum(tensor.nbytes for tensor in stored.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[block.index] = stored
+        return stored
