@@ -79,8 +79,9 @@ class Cutter:
         refits = self.method.compensate == "least_squares"
         records: list[dict[str, Any]] = []
         done = self.run.finished()
-        for index, record in done.items():
-            self._keep_instead(index, {k: torch.tensor(v) for k, v in record.get("kept", {}).items()})
+        for index, earlier in done.items():
+            kept = {kind: torch.tensor(units) for kind, units in earlier.get("kept", {}).items()}
+            self._keep_instead(index, kept)
         driver = self.run.driver(read=self._reader(set(done)))
         with self.run.progress.task("refitting" if refits else "cutting", len(self.blocks)) as task:
             for opened in driver.blocks(forward=refits, outputs=False):
@@ -112,9 +113,8 @@ class Cutter:
         ]
         block = Block(block=opened.index, loss=loss, seconds=round(time.perf_counter() - started, 4))
         record = {"layers": rows, "block": block.model_dump(mode="json")}
-        if changed := {
-            new.units.kind: new.kept.tolist() for old, new in zip(planned, own, strict=True) if new is not old
-        }:
+        pairs = zip(planned, own, strict=True)
+        if changed := {new.units.kind: new.kept.tolist() for old, new in pairs if new is not old}:
             record["kept"] = changed
         self.run.keep(opened.index, self.layout.disassemble(opened.index, smaller), record)
         return record

@@ -191,13 +191,8 @@ def _remaining(opened: Opened, method: PieceMethod, gone: Sequence[Piece]) -> Re
     lost: dict[int, list[str]] = {}
     for piece in gone:
         lost.setdefault(piece.block, []).append(piece.part)
-    whole = {
-        block.index
-        for block in opened.anatomy.blocks
-        if WHOLE in lost.get(block.index, ())
-        or (lost.get(block.index, ()) and len(lost[block.index]) == len(part_sizes(block, parts)))
-    }
-    kept = [block.index for block in opened.anatomy.blocks if block.index not in whole]
+    names = {piece.name for piece in gone}
+    kept = sorted({piece.block for piece in _pieces(opened, method) if piece.name not in names})
     try:
         return Remaining.of(opened, kept, {index: lost[index] for index in kept if index in lost}, parts)
     except AnatomyError:

@@ -17,9 +17,10 @@ from secateur.evaluation.memory import available_memory_bytes
 from secateur.pipeline.data import window_length
 from secateur.pipeline.families import checked_method
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
+from secateur.pipeline.pieces_run import evaluations
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
-from secateur.structure.base import SearchMethod
+from secateur.structure.base import PieceMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["Estimate", "estimate", "plan"]
@@ -122,7 +123,11 @@ def estimate(opened: Opened, recipe: Recipe, method: Method) -> Estimate:
     evaluation_tokens = tokens // max(recipe.calibration.samples, 1) * recipe.evaluation_windows
     length = tokens // max(recipe.calibration.samples, 1)
     batch_tokens = max(length, length * (recipe.calibration.batch_size or 0), BATCH_TOKENS[device.type])
-    seconds = _operations(opened.anatomy, method, tokens, evaluation_tokens) / _operations_per_second(device)
+    operations = _operations(opened.anatomy, method, tokens, evaluation_tokens)
+    if isinstance(method, PieceMethod):  # a variant runs the blocks from its piece on: half of them
+        tried = evaluations(opened, method, recipe.resolved_sparsity)
+        operations += 1.0 * tried * tokens * opened.anatomy.prunable_parameters
+    seconds = operations / _operations_per_second(device)
     return Estimate(
         _memory(opened, method, dtype.itemsize, tokens, 2 * evaluation_tokens, batch_tokens),
         seconds,
@@ -154,7 +159,7 @@ def _solver_bytes(block: Block, method: Method) -> int:
 
 def _search_bytes(anatomy: Anatomy, method: Method, itemsize: int) -> int:
     """Matrices at all levels, none smaller than when it is whole."""
-    if not isinstance(method, SearchMethod):
+    if not isinstance(method, PieceMethod):
         return 0
     writers = (units.writer for block in anatomy.blocks for units in method.units(block))
     return method.levels * itemsize * sum(writer.size for writer in writers)
@@ -168,7 +173,7 @@ def _operations(anatomy: Anatomy, method: Method, tokens: int, evaluation_tokens
         total += forward * 2 * tokens
     if "gradient" in method.statistics:
         total += forward * 4 * tokens
-    if isinstance(method, SearchMethod):
+    if isinstance(method, PieceMethod):
         total += forward * method.tokens_judged
     if "hessian" in method.statistics:
         for block in anatomy.blocks:
