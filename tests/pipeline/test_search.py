@@ -123,6 +123,21 @@ def test_a_block_that_does_nothing_loses_most(fitness: str, tmp_path: Path) -> N
         assert row["generations"][-1]["fitness"] < row["generations"][0]["fitness"]
 
 
+def test_on_a_trained_model_the_search_helps_on_text_it_never_saw(tmp_path: Path) -> None:
+    secateur.prune(
+        "seedling",
+        tmp_path / "out",
+        method="tyr",
+        sparsity=0.5,
+        options={"iterations": 1, "generations": 6, "offspring": 8, "tokens": [256, 1024], "survivors": [3]},
+        calibration={"samples": 24, "length": 64},
+        evaluation_windows=16,
+        measure_speed=False,
+    )
+    (row,) = record(tmp_path / "out")
+    assert row["held_out"]["found"] < 0.95 * row["held_out"]["start"]
+
+
 @pytest.mark.parametrize("how", ["expected", "median", "none"])
 def test_later_blocks_see_pruned_inputs(
     how: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
