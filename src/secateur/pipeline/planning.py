@@ -20,7 +20,7 @@ from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_m
 from secateur.pipeline.pieces_run import evaluations
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
-from secateur.structure.base import PieceMethod
+from secateur.structure.base import PieceMethod, SearchMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["Estimate", "estimate", "plan"]
@@ -159,7 +159,7 @@ def _solver_bytes(block: Block, method: Method) -> int:
 
 def _search_bytes(anatomy: Anatomy, method: Method, itemsize: int) -> int:
     """Matrices at all levels, none smaller than when it is whole."""
-    if not isinstance(method, PieceMethod):
+    if not isinstance(method, SearchMethod):
         return 0
     writers = (units.writer for block in anatomy.blocks for units in method.units(block))
     return method.levels * itemsize * sum(writer.size for writer in writers)
@@ -173,7 +173,7 @@ def _operations(anatomy: Anatomy, method: Method, tokens: int, evaluation_tokens
         total += forward * 2 * tokens
     if "gradient" in method.statistics:
         total += forward * 4 * tokens
-    if isinstance(method, PieceMethod):
+    if isinstance(method, SearchMethod):
         total += forward * method.tokens_judged
     if "hessian" in method.statistics:
         for block in anatomy.blocks:
