@@ -62,7 +62,7 @@ def load_recovery_data(
     if len(windows) < judged + recover.validation_windows + recover.batch_size:
         raise CalibrationError(
             f"{recover.text} has {len(windows)} windows of {length} tokens",
-            f"{judged} to judge by, {recover.validation_windows} to validate and {recover.batch_size} a batch",
+            f"{judged} to judge by, {recover.validation_windows} to validate, {recover.batch_size} to train",
             "give more text, or lower --length, --evaluation-windows, --batch-size or --validation-windows",
         )
     rest = windows.split(judged)[1] if judged else windows

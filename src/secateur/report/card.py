@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from secateur.report.model import FILE_NAME, Report
-from secateur.report.numbers import percent
 from secateur.report.verdict import rows, verdict
 
 __all__ = ["model_card"]
