@@ -44,7 +44,7 @@ def main() -> None:
             rows += _rows(cut, settings, Path(scratch), arguments)
             print(*rows[-1 - len(WAYS) :], sep="\n", flush=True)
     heads = ["cut", "way", "perplexity", "tokens", "training, s", "whole run, s"]
-    write_table(arguments.out, "Recovery of seedling", heads, rows)
+    write_table("Recovery of seedling", heads, rows, out=arguments.out)
 
 
 def _rows(cut: str, settings: dict[str, Any], scratch: Path, arguments: Any) -> list[list[str]]:

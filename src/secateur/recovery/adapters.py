@@ -51,6 +51,7 @@ class AdaptedStudent(Student):
         self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in linear}
         for path, layer in self._layers.items():
             self._prepare(path, layer, linear[path][0])
+        self.training(False)
 
     def _prepare(self, path: str, layer: Any, matrix: Matrix) -> None:
         for side in ("lora_A", "lora_B"):
