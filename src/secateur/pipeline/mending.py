@@ -279,7 +279,7 @@ def _refit_one(
     if not (adds_up(student) and adds_up(teacher)):
         return [_left(student.index)]
     done = refit_block(method, student, teacher, first_judging, job.opened.stored_dtype)
-    return [_row(student.index, refitted, method) for refitted in done]
+    return [_row(student.index, refitted) for refitted in done]
 
 
 def _left(block: int) -> Layer:
@@ -294,9 +294,8 @@ def _left(block: int) -> Layer:
     )
 
 
-def _row(block: int, done: Refitted, method: Refit) -> Layer:
+def _row(block: int, done: Refitted) -> Layer:
     rows, columns = done.matrix.shape
-    raised = done.damping > method.damping
     return Layer(
         block=block,
         matrix=done.matrix.name,
@@ -305,7 +304,7 @@ def _row(block: int, done: Refitted, method: Refit) -> Layer:
         sparsity_requested=0,
         sparsity=0,
         loss=done.after,
-        notes={"loss_before": done.before, **({"damping": done.damping} if raised else {})},
+        notes={"loss_before": done.before, **({"damping": done.damping} if done.changed else {})},
         fallbacks=[] if done.changed else [NO_BETTER],
     )
 

@@ -29,7 +29,9 @@ class Refit(RecoveryMethod):
     needs_teacher: ClassVar[bool] = True
 
     damping: float = Field(
-        0.01, gt=0, description="fraction of the mean square of the inputs that holds weights where they were"
+        0.01,
+        gt=0,
+        description="of the mean square of the inputs, keeps weights where they were; times 10 and 100 as well",
     )
     solver_steps: int = Field(100, ge=1, description="of conjugate gradients, for matrices with zeros")
 

@@ -27,6 +27,9 @@ __all__ = ["Refitted", "adds_up", "refit_block", "writers"]
 ADDS_UP = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Relative difference between a block's output and the sum of what its writers give, up to rounding."""
 
+DAMPINGS = (1, 10, 100)
+"""Times the damping asked for: little text wants more."""
+
 
 @dataclass(frozen=True)
 class Refitted:
@@ -36,7 +39,7 @@ class Refitted:
         matrix: which.
         before, after: squared error of the stream after it, relative to the square of the dense one, on the
             windows that were kept back.
-        damping: that was needed.
+        damping: that was best, as a fraction of the mean square of the inputs.
         changed: False where the error would not have fallen.
     """
 
@@ -151,22 +154,22 @@ def _refit(
 ) -> Refitted:
     matrix = writers(student.block)[number]
     fit, judge = _collect(student, teacher, number, first_judging)
-    (hessian, cross), held = fit.take(), judge.take()
+    sums, held, scale = fit.take(), judge.take(), judge.scale or 1.0
     view = matrix.view(student.parameters)
-    kept = view != 0
-    change, damping = correction(
-        hessian, cross, None if bool(kept.all()) else kept, method.damping, method.solver_steps
-    )
-    old = view.float()
-    new = (old + change.to(old.dtype)).to(stored).to(view.dtype)
-    after = error_after(held, judge.error, new.float() - old)
-    changed = after < judge.error
-    if changed:
+    old, kept = view.float(), view != 0
+    best, found, damping = judge.error, None, 0.0
+    for factor in DAMPINGS:
+        change, used = correction(
+            *sums, None if bool(kept.all()) else kept, factor * method.damping, method.solver_steps
+        )
+        new = (old + change.to(old.dtype)).to(stored).to(view.dtype)
+        error = error_after(held, judge.error, new.float() - old)
+        if error < best:
+            best, found, damping = error, new, used
+    if found is not None:
         with torch.no_grad():
-            view.copy_(new)
-    scale = judge.scale or 1.0
-    final = after if changed else judge.error
-    return Refitted(matrix, judge.error / scale, final / scale, damping, changed)
+            view.copy_(found)
+    return Refitted(matrix, judge.error / scale, best / scale, damping, found is not None)
 
 
 def _collect(student: OpenBlock, teacher: OpenBlock, number: int, first_judging: int) -> tuple[Sums, Sums]:
