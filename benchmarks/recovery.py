@@ -8,6 +8,7 @@ Calibration and recovery read TRAIN.txt, the perplexities are measured on window
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for cut, settings in CUTS.items():
             rows += _rows(cut, settings, Path(scratch), arguments)
-            print(*rows[-1 - len(WAYS) :], sep="\n", flush=True)
     heads = ["cut", "way", "perplexity", "tokens", "training, s", "whole run, s"]
     write_table("Recovery of seedling", heads, rows, out=arguments.out)
 
@@ -55,6 +55,7 @@ def _rows(cut: str, settings: dict[str, Any], scratch: Path, arguments: Any) -> 
         "seedling", pruned, **settings, **judged, calibration=calibration, text=str(arguments.test)
     )
     rows = [[cut, "none", f"{first.perplexity_after:.2f}", "0", "0", f"{first.seconds:.0f}"]]
+    print(*rows[0], f"dense {first.perplexity_before:.2f}", sep=", ", file=sys.stderr, flush=True)
     for way, options in WAYS.items():
         report = secateur.recover(
             pruned,
@@ -70,6 +71,7 @@ def _rows(cut: str, settings: dict[str, Any], scratch: Path, arguments: Any) -> 
         assert found is not None
         spent = [f"{found.tokens}", f"{found.training_seconds:.0f}", f"{report.seconds:.0f}"]
         rows.append([cut, way, f"{report.perplexity_after:.2f}", *spent])
+        print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
     return rows
 
 

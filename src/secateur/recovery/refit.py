@@ -31,7 +31,7 @@ class Refit(RecoveryMethod):
     damping: float = Field(
         0.01,
         gt=0,
-        description="of the mean square of the inputs, keeps weights where they were; times 10 and 100 as well",
+        description="of the mean square of the inputs, holds weights where they were; 10 and 100 times too",
     )
     solver_steps: int = Field(100, ge=1, description="of conjugate gradients, for matrices with zeros")
 
