@@ -5,6 +5,6 @@ from __future__ import annotations
 from secateur.pipeline.catalogue import methods
 from secateur.pipeline.inspect import inspect
 from secateur.pipeline.planning import plan
-from secateur.pipeline.run import bench, compare, evaluate, prune
+from secateur.pipeline.run import bench, compare, evaluate, prune, recover
 
-__all__ = ["bench", "compare", "evaluate", "inspect", "methods", "plan", "prune"]
+__all__ = ["bench", "compare", "evaluate", "inspect", "methods", "plan", "prune", "recover"]

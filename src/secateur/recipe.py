@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,7 +12,10 @@ from secateur.core.errors import InputError, RecipeError, did_you_mean
 from secateur.core.method import METHODS
 from secateur.core.pattern import Pattern
 
-__all__ = ["Calibration", "Recipe", "read_recipe"]
+if TYPE_CHECKING:
+    from secateur.recovery.base import RecoveryMethod
+
+__all__ = ["Calibration", "Job", "Recipe", "Recovery", "RecoveryRecipe", "read_recipe"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 MAX_DEFAULT_LENGTH = 2048
@@ -39,17 +42,11 @@ class Calibration(BaseModel):
     batch_size: int | None = Field(default=None, ge=1)
 
 
-class Recipe(BaseModel):
-    """One pruning run.
+class Job(BaseModel):
+    """What every run has: a model, where and in what to compute, and the text that judges the result.
 
     Attributes:
         model: a local folder, a hub id, or `seedling`.
-        method: id of a method (`secateur methods`).
-        sparsity: fraction of the prunable parameters to remove; may be left out with an N:M pattern.
-        pattern: `unstructured`, `row`, `matrix`, `global` or `N:M`.
-        allocation: how the budget is spread over the blocks.
-        options: options of the method.
-        allocation_options: options of the allocation.
         calibration: the data observed.
         text: held-out text for the evaluation; by default windows kept back from the calibration source.
         evaluation_windows: windows evaluated before and after; 0 skips the evaluation.
@@ -62,20 +59,35 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    method: str
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    allocation: str = "uniform"
-    options: dict[str, Any] = Field(default_factory=dict)
-    allocation_options: dict[str, Any] = Field(default_factory=dict)
     calibration: Calibration = Field(default=Calibration())
-    scores: str | None = None
     text: str | None = None
     evaluation_windows: int = Field(default=64, ge=0)
     seed: int = 0
     device: str = "auto"
     dtype: DType = "auto"
     measure_speed: bool = True
+
+
+class Recipe(Job):
+    """One pruning run.
+
+    Attributes:
+        method: id of a method (`secateur methods`).
+        sparsity: fraction of the prunable parameters to remove; may be left out with an N:M pattern.
+        pattern: `unstructured`, `row`, `matrix`, `global` or `N:M`.
+        allocation: how the budget is spread over the blocks.
+        options: options of the method.
+        allocation_options: options of the allocation.
+        scores: `scores.safetensors` of an earlier structured run on this model.
+    """
+
+    method: str
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    allocation: str = "uniform"
+    options: dict[str, Any] = Field(default_factory=dict)
+    allocation_options: dict[str, Any] = Field(default_factory=dict)
+    scores: str | None = None
 
     @property
     def parsed_pattern(self) -> Pattern:
@@ -139,6 +151,72 @@ class Recipe(BaseModel):
         return self
 
 
+class Recovery(BaseModel):
+    """How a pruned model is mended.
+
+    Attributes:
+        how: `lora`, `full` or `refit`.
+        text: what it learns from: a text, JSONL or Parquet file, a hub data set, or `self` (sampled).
+        column: which column of the text holds it.
+        teacher: the dense model to learn from and to be judged against; None: of a chain the dense model,
+            else none. `none` is for none in a chain, too.
+        tokens: that are learnt from in all; a text with fewer is read again in another order.
+        length: tokens a window; by default what the model allows, at most 2,048.
+        batch_size: windows a step.
+        learning_rate, rank: the options of these names.
+        validation_windows: kept back from the text to choose the best weights by.
+        options: of `lora`, `full` or `refit`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    how: str = "lora"
+    text: str
+    column: str | None = None
+    teacher: str | None = None
+    tokens: int = Field(default=200_000, ge=0)
+    length: int | None = Field(default=None, ge=2)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float | None = None
+    rank: int | None = None
+    validation_windows: int = Field(default=16, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def method(self) -> RecoveryMethod:
+        """The way to recover with its options. Raises `RecipeError` for one that does not exist."""
+        from secateur.recovery.base import RECOVERIES
+
+        given = {"learning_rate": self.learning_rate, "rank": self.rank}
+        named = {name: value for name, value in given.items() if value is not None}
+        method: RecoveryMethod = RECOVERIES.get(self.how).from_options({**self.options, **named})
+        return method
+
+
+class RecoveryRecipe(Job):
+    """One recovery run; `calibration` and `text` are what judges the result, never what it learns from."""
+
+    recover: Recovery
+
+    @classmethod
+    def alone(cls, values: dict[str, Any], where: str) -> RecoveryRecipe:
+        """From flat settings, those of `Recovery` and of `Job` side by side: `text` is what is learnt from,
+        `evaluation_text` what judges the result; by default the first windows of `text`, kept back."""
+        recover: Recovery = parse(Recovery, {k: v for k, v in values.items() if k not in _JOB_ONLY}, where)
+        first = {"source": recover.text, "column": recover.column, "length": recover.length, "samples": 1}
+        own = {key: value for key, value in values.items() if key in _JOB_ONLY}
+        own["text"] = own.pop("evaluation_text", None)
+        made: RecoveryRecipe = parse(cls, {**own, "recover": recover, "calibration": first}, where)
+        return made
+
+    def validated(self) -> RecoveryRecipe:
+        """Check everything that needs no model. Raises `RecipeError` and `MissingExtraError`."""
+        self.recover.method().require_packages()
+        return self
+
+
+_JOB_ONLY = {*Job.model_fields, "evaluation_text"} - {"text", "calibration"}
+
+
 def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
     """Validate `values` as `model`; a wrong or unknown key becomes one clear line."""
     try:
@@ -154,11 +232,12 @@ def parse(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
 
 
 def _keys(model: type[BaseModel]) -> list[str]:
-    nested = [f"calibration.{name}" for name in Calibration.model_fields] if model is Recipe else []
+    nested = [f"calibration.{name}" for name in Calibration.model_fields] if issubclass(model, Job) else []
+    nested += [f"recover.{name}" for name in Recovery.model_fields] if model is RecoveryRecipe else []
     return [*model.model_fields, *nested]
 
 
-def read_recipe(path: Path, **overrides: Any) -> list[Recipe]:
+def read_recipe(path: Path, **overrides: Any) -> list[Recipe | RecoveryRecipe]:
     """The stages of a YAML file, one where it has no `stages`; what the command line says wins everywhere.
 
     Raises:
@@ -177,7 +256,16 @@ def read_recipe(path: Path, **overrides: Any) -> list[Recipe]:
         raise RecipeError(
             f"{own[0]} in a stage of {path}", "one for all stages", f"write {own[0]} above the stages"
         )
-    return [parse(Recipe, _merged(_merged(values, stage), overrides), str(path)) for stage in stages]
+    return [_stage(_merged(values, stage), overrides, str(path)) for stage in stages]
+
+
+def _stage(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe | RecoveryRecipe:
+    """A stage that prunes, or one with the key `recover`, which takes of the rest what every run has."""
+    kind = RecoveryRecipe if "recover" in values else Recipe
+    if kind is RecoveryRecipe:
+        overrides = {key: value for key, value in overrides.items() if key in Job.model_fields}
+    made: Recipe | RecoveryRecipe = parse(kind, _merged(values, overrides), where)
+    return made
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

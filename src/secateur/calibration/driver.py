@@ -177,6 +177,15 @@ class OpenBlock:
                 self._dense = output if recording else self._dense
         return probes.take(sum(len(batch.windows) for batch in held.batches), self._group)
 
+    def outputs(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """What enters and what leaves the block as it is now, (B, T, d) each, batch by batch. Hooks of the
+        caller on `module` see what happens inside."""
+        held = self._held
+        if held is None:
+            raise RuntimeError("a pass without activations has no outputs")
+        for batch in held.batches:
+            yield batch, held.input(batch), held.run(batch, self.index, self.module)
+
     def finish(self, watch: Watch | None = None) -> float | None:
         """Run the block, changed or not, on all windows; its outputs become the inputs of the next.
 

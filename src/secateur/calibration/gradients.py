@@ -25,7 +25,7 @@ from secateur.calibration.source import BlockSource
 from secateur.calibration.windows import Windows
 from secateur.core.progress import SILENT, Progress, Task
 
-__all__ = ["GradientStore", "Norm", "collect_gradients"]
+__all__ = ["GradientStore", "Norm", "collect_gradients", "next_token_loss"]
 
 BUDGET_BYTES = 1 << 30
 

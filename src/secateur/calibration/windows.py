@@ -93,6 +93,11 @@ class Windows:
         parts = self._part(slice(first)), self._part(slice(first, None))
         return tuple(Windows.of(part.ids, part.mask, self.source) for part in parts)  # type: ignore[return-value]
 
+    def chosen(self, rows: list[int]) -> Windows:
+        """These windows, in this order."""
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, ids=self.ids[rows], mask=mask)
+
     def shard(self, rank: int, world: int) -> Windows:
         """The consecutive windows of one of `world` processes. Raises `CalibrationError` if it gets none."""
         if not len(self):

@@ -25,6 +25,7 @@ COMMANDS = {
     "methods": "the catalogue of methods and allocations",
     "plan": "memory, time and effect of a run before a weight is read",
     "prune": "a checkpoint in, a pruned checkpoint and its report out",
+    "recover": "train or refit a pruned model: same shapes and zeros, better values",
     "evaluate": "perplexity, divergence from the dense model, tasks",
     "bench": "prefill and decode speed, peak memory",
     "compare": "several runs in one picture",

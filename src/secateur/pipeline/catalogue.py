@@ -1,4 +1,4 @@
-"""The catalogue of methods and allocations as plain data."""
+"""The catalogue of methods, allocations and ways to recover as plain data."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.method import METHODS, Method
+from secateur.recovery.base import RECOVERIES
 from secateur.weights.allocation import ALLOCATIONS
 
 __all__ = ["methods"]
 
 
 def methods(name: str | None = None) -> list[dict[str, Any]]:
-    """Facts about every method and allocation, or about the one called `name`.
+    """Facts about every method, allocation and way to recover, or about the one called `name`.
 
     Returns:
         A list of dictionaries: id, family, summary, removes, effect, statistics, paper, url, options.
@@ -20,7 +21,7 @@ def methods(name: str | None = None) -> list[dict[str, Any]]:
     Raises:
         RecipeError: an unknown name, with a suggestion.
     """
-    known: dict[str, type[Method]] = {**dict(METHODS), **dict(ALLOCATIONS)}
+    known: dict[str, type[Method]] = {**dict(METHODS), **dict(ALLOCATIONS), **dict(RECOVERIES)}
     if name is None:
         return [_facts(method) for method in known.values()]
     if name not in known:

@@ -1,5 +1,5 @@
-"""Several stages one after the other: each prunes what the one before has written, all are judged against the
-dense model."""
+"""Several stages one after the other: each prunes or mends what the one before has written, all are judged
+against the dense model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from secateur.core.errors import OutputError, RecipeError, ResumeError
 from secateur.core.progress import SILENT, Progress
 from secateur.pipeline.opened import Opened, open_model
 from secateur.pipeline.prune import prune_checkpoint
-from secateur.recipe import Recipe
+from secateur.pipeline.recover import recover_checkpoint
+from secateur.recipe import Recipe, RecoveryRecipe
 from secateur.report.model import FILE_NAME, Report, Stage
 
 __all__ = ["prune_chain"]
@@ -24,7 +25,7 @@ PLAN = "stages.json"
 
 
 def prune_chain(
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Recipe | RecoveryRecipe],
     out: Path,
     *,
     resume: bool = False,
@@ -43,7 +44,7 @@ def prune_chain(
     Raises:
         InputError: as `prune_checkpoint`, for any stage before the first begins where that can be known.
     """
-    if len(recipes) == 1:
+    if len(recipes) == 1 and isinstance(recipes[0], Recipe):
         return prune_checkpoint(recipes[0], out, resume=resume, command=command, progress=progress)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("stages under torchrun", "one process", "run the stages one by one, or without it")
@@ -67,7 +68,7 @@ def prune_chain(
 
 
 def _stage(
-    recipe: Recipe,
+    recipe: Recipe | RecoveryRecipe,
     folder: Path,
     dense: Opened,
     stages: Sequence[Stage],
@@ -77,6 +78,10 @@ def _stage(
 ) -> Report | None:
     if resume and _finished(folder):
         return Report.load(folder)
+    if isinstance(recipe, RecoveryRecipe):
+        return recover_checkpoint(
+            recipe, folder, resume=resume, command=command, progress=progress, dense=dense, stages=stages
+        )
     return prune_checkpoint(
         recipe, folder, resume=resume, command=command, progress=progress, dense=dense, stages=stages
     )
@@ -86,7 +91,7 @@ def _finished(folder: Path) -> bool:
     return (folder / FILE_NAME).exists() and not (folder / ".secateur").exists()
 
 
-def _begin(between: Path, recipes: Sequence[Recipe], resume: bool) -> None:
+def _begin(between: Path, recipes: Sequence[Recipe | RecoveryRecipe], resume: bool) -> None:
     """Note the chain, or find it as it was noted."""
     plan = json.dumps([recipe.model_dump(mode="json") for recipe in recipes], indent=1)
     noted = between / PLAN

@@ -15,7 +15,7 @@ from secateur.core.errors import CalibrationError
 from secateur.core.progress import Progress
 from secateur.evaluation.memory import available_memory_bytes
 from secateur.pipeline.opened import Opened, choose_device
-from secateur.recipe import MAX_DEFAULT_LENGTH, Calibration, Recipe
+from secateur.recipe import MAX_DEFAULT_LENGTH, Calibration, Job
 
 __all__ = ["RunData", "load_run_data", "load_windows_for", "split_run_data", "window_length"]
 
@@ -60,7 +60,7 @@ def window_length(opened: Opened, asked: int | None) -> int:
 
 def load_run_data(
     opened: Opened,
-    recipe: Recipe,
+    recipe: Job,
     progress: Progress,
     *,
     observes: bool = True,

@@ -92,9 +92,14 @@ class Opened:
         """Use the embeddings, norm and head that `other` has in memory: those of the two are equal."""
         self._first_sources = other._first_sources
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """The whole model in memory, through the stock loader."""
+    def load(self, dtype: torch.dtype, device: torch.device, *, spread: bool = False) -> PreTrainedModel:
+        """The whole model in memory, through the stock loader; with `spread` accelerate places its blocks on
+        all GPUs."""
         with _no_bars():
+            if spread:
+                return AutoModelForCausalLM.from_pretrained(
+                    self.folder, dtype=dtype, device_map="auto"
+                ).eval()
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
         return model.to(device).eval()
 

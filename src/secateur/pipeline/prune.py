@@ -12,21 +12,18 @@ from typing import Any
 import torch
 
 import secateur
-from secateur.anatomy.resized import is_stock
 from secateur.calibration.distributed import Group, local_device
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
-from secateur.loading import REMOTE_CODE
 from secateur.pipeline.data import RunData, load_run_data, save_cache
 from secateur.pipeline.families import checked_method, observes, prune_blocks_of
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
+from secateur.pipeline.published import copy_outer, published_files
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.verify import verify
 from secateur.recipe import Recipe
-from secateur.report.card import model_card
-from secateur.report.html import render
 from secateur.report.model import Report, Stage
 
 __all__ = ["prune_checkpoint"]
@@ -87,13 +84,14 @@ def prune_checkpoint(
             outcome = prune_blocks_of(run)
             if writer is None:
                 return None
-            _copy_outer(run, writer)
+            copy_outer(opened, writer)
             folder = writer.assemble(config_updates=outcome.config_updates, dropped=outcome.dropped)
             pruned = open_model(folder)
             pruned.share_outer(dense)
             report = _judge(run, (dense, pruned), outcome, marks, command, started)
             report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
-            writer.finish(extra={**outcome.files, **_files(report, opened, outcome)})
+            files = published_files(report, opened, outcome.config_updates)
+            writer.finish(extra={**outcome.files, **files})
             return report
 
 
@@ -122,18 +120,6 @@ def _judge(
     )
 
 
-def _files(report: Report, opened: Opened, outcome: Outcome) -> dict[str, str | bytes]:
-    """What lies beside the weights; models of blocks that differ bring their loading code along."""
-    files: dict[str, str | bytes] = {
-        "report.json": report.model_dump_json(indent=2) + "\n",
-        "report.html": render(report),
-        "README.md": model_card(report, opened.folder),
-    }
-    if not is_stock({**opened.checkpoint.config, **outcome.config_updates}):
-        files[REMOTE_CODE] = (Path(secateur.__file__).parent / "loading" / REMOTE_CODE).read_bytes()
-    return files
-
-
 def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]:
     """What must be equal for a killed run to go on: model, recipe, calibration, code."""
     flat: dict[str, Any] = {"secateur": secateur.__version__, "torch": torch.__version__.split("+")[0]}
@@ -145,10 +131,3 @@ def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]
     if recipe.scores is not None:
         flat["scores_sha256"] = hashlib.sha256(Path(recipe.scores).read_bytes()).hexdigest()
     return flat
-
-
-def _copy_outer(run: Run, writer: CheckpointWriter) -> None:
-    """Embeddings, norm, head and whatever belongs to no module go over unchanged."""
-    names = [*run.opened.layout.outer_names(), *run.opened.layout.untouched]
-    if "outer" not in writer.parts:
-        writer.write("outer", run.opened.checkpoint.read(names), {})

@@ -18,12 +18,13 @@ from secateur.pipeline.data import load_windows_for
 from secateur.pipeline.opened import choose_device, choose_dtype, open_model
 from secateur.pipeline.prune import prune_checkpoint
 from secateur.pipeline.prune_memory import prune_model
-from secateur.recipe import Calibration, Recipe, parse
+from secateur.pipeline.recover import recover_checkpoint
+from secateur.recipe import Calibration, Recipe, RecoveryRecipe, parse
 from secateur.report.compare import compare as draw
 from secateur.report.files import write_text
 from secateur.report.model import Report
 
-__all__ = ["bench", "compare", "evaluate", "prune"]
+__all__ = ["bench", "compare", "evaluate", "prune", "recover"]
 
 
 def prune(
@@ -68,6 +69,40 @@ def prune(
     if report is None:
         raise SecateurError("only the first process of a torchrun has a report; use the command line there")
     return report
+
+
+def recover(
+    model: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path,
+    resume: bool = False,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Report:
+    """Train or refit a pruned checkpoint into a folder; shapes, names and zeros stay as they are.
+
+    Args:
+        model: local folder, hub id or `seedling`.
+        text: what it learns from: a file, a hub data set, or `self`.
+        resume: go on where a killed run stopped.
+        settings: `how` (`lora`, `full` or `refit`), `teacher`, `tokens`, `length`, `batch_size`,
+            `learning_rate`, `rank`, `validation_windows`, `options`, `evaluation_text`, and `seed`, `device`,
+            `dtype`, `evaluation_windows`, `measure_speed` as for `prune`.
+
+    Returns:
+        The report, as it is also written to `out`/report.json.
+
+    Raises:
+        InputError: whatever cannot be used, in one line.
+
+    >>> import secateur
+    >>> secateur.recover("pruned", "mended", text="stories.txt", teacher="seedling")  # doctest: +SKIP
+    """
+    given = {"measure_speed": False, "model": str(model), "text": str(text), **settings}
+    recipe = RecoveryRecipe.alone(given, "the settings")
+    command = f"secateur.recover({str(model)!r}, {str(out)!r}, ...)"
+    return recover_checkpoint(recipe, Path(out), resume=resume, command=command, progress=progress)
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from secateur.pipeline.opened import Opened
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 
-__all__ = ["PREPARED", "SCORES", "UNEQUAL", "Outcome", "Run", "part_name"]
+__all__ = ["PREPARED", "SCORES", "UNEQUAL", "Outcome", "Run", "as_stored", "part_name"]
 
 SCORES = "scores.safetensors"
 PREPARED = "prepared.safetensors"
@@ -71,16 +71,7 @@ class Run:
         Returns:
             Its tensors by name on disk, and by name inside the block.
         """
-        checkpoint, layout = self.opened.checkpoint, self.opened.layout
-        stored = {
-            name: tensor.detach().to("cpu", torch_dtype(checkpoint.tensors[name].dtype))
-            for name, tensor in layout.disassemble(block.index, block.parameters).items()
-        }
-        whole = layout.assemble(block.index, stored)
-        with torch.no_grad():
-            for name, tensor in whole.items():
-                block.parameters[name].copy_(tensor)
-        return stored, whole
+        return as_stored(self.opened, block)
 
     def remembered(self, find: Callable[[], dict[str, Tensor]], name: str = SCORES) -> dict[str, Tensor]:
         """Tensors of the run that was interrupted, or new ones, which the next resume finds."""
@@ -128,6 +119,20 @@ class Outcome:
         total = sum(layer.rows * layer.columns for layer in layers)
         zeros = sum(round(layer.sparsity * layer.rows * layer.columns) for layer in layers)
         return cls(layers, blocks, zeros / total, zeros)
+
+
+def as_stored(opened: Opened, block: OpenBlock) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Round a block to the dtypes of its file; its tensors by name on disk, and by name inside the block."""
+    checkpoint, layout = opened.checkpoint, opened.layout
+    stored = {
+        name: tensor.detach().to("cpu", torch_dtype(checkpoint.tensors[name].dtype))
+        for name, tensor in layout.disassemble(block.index, block.parameters).items()
+    }
+    whole = layout.assemble(block.index, stored)
+    with torch.no_grad():
+        for name, tensor in whole.items():
+            block.parameters[name].copy_(tensor)
+    return stored, whole
 
 
 def part_name(index: int) -> str:

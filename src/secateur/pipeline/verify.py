@@ -13,7 +13,7 @@ from secateur.evaluation.quality import compare_quality, protocol_of
 from secateur.evaluation.speed import compare_speed
 from secateur.pipeline.data import RunData
 from secateur.pipeline.opened import Opened
-from secateur.recipe import Recipe
+from secateur.recipe import Job
 
 __all__ = ["Verdict", "verify"]
 
@@ -38,7 +38,7 @@ class Verdict:
 def verify(
     opened: Opened,
     pruned: Opened,
-    recipe: Recipe,
+    recipe: Job,
     data: RunData,
     device: torch.device,
     dtype: torch.dtype,
@@ -59,7 +59,7 @@ def verify(
 def _quality(
     verdict: Verdict,
     models: tuple[Opened, Opened],
-    recipe: Recipe,
+    recipe: Job,
     data: RunData,
     device: torch.device,
     dtype: torch.dtype,
@@ -87,7 +87,7 @@ def _quality(
 def _speed(
     verdict: Verdict,
     models: tuple[Opened, Opened],
-    recipe: Recipe,
+    recipe: Job,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -105,7 +105,7 @@ def _speed(
     }
 
 
-def _why_no_speed(opened: Opened, recipe: Recipe, dtype: torch.dtype) -> str:
+def _why_no_speed(opened: Opened, recipe: Job, dtype: torch.dtype) -> str:
     if not recipe.measure_speed:
         return "speed was not asked for (--no-measure-speed)"
     parameters = opened.checkpoint.parameters

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from secateur.report.model import FILE_NAME, Report
-from secateur.report.numbers import percent
 from secateur.report.verdict import rows, verdict
 
 __all__ = ["model_card"]
@@ -29,7 +28,7 @@ def model_card(report: Report, source: Path | None = None) -> str:
     matter = yaml.safe_dump(_front(report, source), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{matter}---",
-        f"# {_plain(report.name)}, {_plain(report.method)} {percent(report.sparsity)}",
+        f"# {_plain(report.name)}, {_plain(report.title)}",
         _plain(verdict(report)),
         "## What was done\n\n" + _done(report),
         "## Before and after\n\n" + _table(report),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from secateur.report.markup import Markup, Node, element
-from secateur.report.model import Report
+from secateur.report.model import RECOVERY, Recovery, Report
 from secateur.report.numbers import duration, percent, size
 from secateur.report.numbers import number as number_of
 from secateur.report.page import data, facts, section
@@ -24,6 +24,8 @@ def details(report: Report) -> Markup:
         ("Machine", _machine(report)),
         ("Versions", list(report.versions.items())),
     ]
+    if report.recovery:
+        groups.insert(1, ("Recovery", _recovery(report.recovery)))
     if report.stages:
         groups.insert(1, ("Stages", _stages(report)))
     cards = [element("div", element("h3", title), facts(pairs)) for title, pairs in groups]
@@ -54,10 +56,29 @@ def _stages(report: Report) -> Pairs:
     return [
         (
             f"{number}. {stage.method}",
-            f"{percent(stage.sparsity)} removed, {size(stage.bytes_after)}"
+            ("" if stage.pattern == RECOVERY else f"{percent(stage.sparsity)} removed, ")
+            + size(stage.bytes_after)
             + ("" if stage.perplexity_after is None else f", perplexity {number_of(stage.perplexity_after)}"),
         )
         for number, stage in enumerate(report.stages, 1)
+    ]
+
+
+def _recovery(recovery: Recovery) -> Pairs:
+    """What a model was mended with."""
+    given = recovery.perplexity_given
+    return [
+        ("How", recovery.how),
+        ("Teacher", recovery.teacher or "none"),
+        ("Text", recovery.text),
+        ("Text SHA-256", element("code", recovery.text_sha256)),
+        ("Learnt from", data(f"{recovery.tokens:,} tokens", recovery.tokens)),
+        ("Different ones", data(f"{recovery.distinct_tokens:,} tokens", recovery.distinct_tokens)),
+        ("Trained", data(f"{recovery.trained_parameters:,} parameters", recovery.trained_parameters)),
+        ("Steps", f"{recovery.steps:,}" + (", ended early" if recovery.stopped_early else "")),
+        ("Best after", f"{recovery.best_step:,} steps"),
+        ("Training time", duration(recovery.training_seconds)),
+        ("Perplexity as given", "not measured" if given is None else data(number_of(given), given)),
     ]
 
 

@@ -21,7 +21,7 @@ _MARKS: dict[Outcome, str] = {"better": "▲", "worse": "▼", "same": "●"}
 def render(report: Report) -> str:
     """The page as a string of HTML. It loads nothing and escapes every name."""
     return page(
-        f"{report.name} · {report.method} {percent(report.sparsity)} · secateur",
+        f"{report.name} · {report.title} · secateur",
         [
             _header(report),
             _notices(report),
@@ -46,6 +46,8 @@ def _header(report: Report) -> Markup:
         f"{percent(report.sparsity)} removed",
         f"{report.allocation} allocation",
     ]
+    if report.recovery:
+        tags[1:] = [report.pattern, f"{report.recovery.tokens:,} tokens"]
     return element(
         "header",
         element(

@@ -11,22 +11,28 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from secateur.core.errors import InputError
 from secateur.report.files import write_text
+from secateur.report.numbers import percent
 
 __all__ = [
     "FILE_NAME",
     "MEASUREMENTS",
+    "RECOVERY",
     "SCHEMA_VERSION",
     "Block",
     "Calibration",
     "Layer",
+    "Look",
     "Machine",
     "Protocol",
+    "Recovery",
     "Report",
     "Stage",
 ]
 
 FILE_NAME = "report.json"
 SCHEMA_VERSION = 1
+RECOVERY = "recovery"
+"""The pattern of a stage that removes nothing."""
 MEASUREMENTS = (
     "nonzero_parameters_before",
     "nonzero_parameters_after",
@@ -132,6 +138,39 @@ class Stage(_Part):
     kl_divergence: float | None = None
 
 
+class Look(_Part):
+    """One look at a training: `tokens` learnt from so far, losses in nats a token (`loss` is what was trained
+    on, which with a teacher is another thing than the cross-entropy `validation_loss`)."""
+
+    step: Count
+    tokens: Count
+    loss: float | None = None
+    validation_loss: float
+    learning_rate: float
+
+
+class Recovery(_Part):
+    """How a model was mended.
+
+    `perplexity_given` is that of the model as it came, on the text of `protocol`; `tokens` were learnt from,
+    of which the text held `distinct_tokens`; the weights are those after `best_step` of `steps`.
+    """
+
+    how: str
+    teacher: Text | None = None
+    text: Text
+    text_sha256: str
+    tokens: Count
+    distinct_tokens: Count
+    steps: Count = 0
+    best_step: Count = 0
+    stopped_early: bool = False
+    trained_parameters: Count = 0
+    training_seconds: float = 0.0
+    perplexity_given: float | None = None
+    looks: list[Look] = Field(default_factory=list)
+
+
 class Report(_Part):
     """A run: what was asked, what came out, what it cost. Field names are the keys of report.json.
 
@@ -180,6 +219,7 @@ class Report(_Part):
     layers: list[Layer] = Field(default_factory=list)
     blocks: list[Block] = Field(default_factory=list)
     stages: list[Stage] = Field(default_factory=list)
+    recovery: Recovery | None = None
     warnings: list[Text] = Field(default_factory=list)
     not_measured: dict[str, str] = Field(default_factory=dict)
 
@@ -201,6 +241,11 @@ class Report(_Part):
         path = PurePath(self.model.replace("\\", "/"))
         local = path.is_absolute() or len(path.parts) != 2 or path.parts[0] in ("..", "~") or path.drive
         return path.name or self.model if local else str(path)
+
+    @property
+    def title(self) -> str:
+        """What was done, in two words."""
+        return f"{self.method} recovery" if self.recovery else f"{self.method} {percent(self.sparsity)}"
 
     def fallbacks(self) -> Iterator[tuple[str, list[Layer]]]:
         """Each thing that was done differently than asked, with the matrices it was done to."""

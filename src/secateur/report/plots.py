@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from secateur.report.layers import Stack, where
 from secateur.report.markup import Markup, element, join
-from secateur.report.model import Layer, Report
+from secateur.report.model import Layer, Recovery, Report
 from secateur.report.numbers import number, percent, percent_tick, size, size_tick
 from secateur.report.page import absent, figure, prose
 from secateur.report.svg import Point, Series, axis, quality_axis
@@ -18,6 +18,9 @@ def pictures(report: Report) -> Markup:
     """Up to three figures, and a line with the reason for each that could not be drawn."""
     stack = Stack(report.layers)
     quality = _quality(report)
+    if report.recovery:
+        figures = [quality, _training(report.recovery)]
+        return element("div", figures, class_="figures")
     figures = [quality, _sparsity(stack, wide=quality is None), _loss(report, stack)]
     reasons = [element("p", absent(prose(f"Not drawn: {words}."))) for words in _missing(report)]
     return join([element("div", figures, class_="figures"), reasons])
@@ -33,6 +36,29 @@ def _missing(report: Report) -> Iterator[str]:
     elif not _losses(report, Stack(report.layers)):
         reason = report.not_measured.get("layers.loss", "this run measured none")
         yield f"loss of each layer ({reason})"
+
+
+def _training(recovery: Recovery) -> Markup | None:
+    """Losses over the tokens that were learnt from."""
+    if len(recovery.looks) < 2:
+        return None
+    held = tuple(
+        Point(look.tokens, look.validation_loss, f"validation {number(look.validation_loss)}")
+        for look in recovery.looks
+    )
+    trained = tuple(
+        Point(look.tokens, look.loss, f"training {number(look.loss)}")
+        for look in recovery.looks
+        if look.loss is not None
+    )
+    series = [Series("validation", held, 1, 0), Series("trained on", trained, 3, 1)]
+    best = min(recovery.looks, key=lambda look: look.validation_loss)
+    caption = (
+        f"Cross-entropy on windows that were kept back, and the loss that was trained on. Best after "
+        f"{best.step} steps: {number(best.validation_loss)}, which is what was written."
+    )
+    y = axis("Loss, nats a token", [point.y for point in (*held, *trained)])
+    return figure("Training", caption, axis("tokens", [p.x for p in held], include=(0,)), y, series)
 
 
 def _quality(report: Report) -> Markup | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from secateur.report.model import Report
+from secateur.report.model import RECOVERY, Report, Stage
 from secateur.report.numbers import change, count, number, percent, size
 
 __all__ = ["Outcome", "Row", "rows", "verdict"]
@@ -97,10 +97,26 @@ def _against_dense(report: Report, measure: _Measure) -> Row:
     return replace(row, outcome=_outcome(measure, perfect, after))
 
 
+def _recovered(report: Report) -> list[Row]:
+    """What a recovery brought, where the table compares with another model than the one it was given."""
+    given = report.recovery.perplexity_given if report.recovery else None
+    after = report.perplexity_after
+    if given is None or after is None or given == report.perplexity_before:
+        return []
+    measure = _PAIRS[3]
+    words = change(given, after), _outcome(measure, given, after)
+    return [Row("recovered", "Perplexity, pruned and then mended", given, after, measure.show, *words)]
+
+
 def rows(report: Report) -> list[Row]:
     """The before/after table: size first, then quality, then speed."""
     pairs = [_pair(report, measure) for measure in _PAIRS]
-    return [*pairs[:4], *(_against_dense(report, measure) for measure in _TO_DENSE), *pairs[4:]]
+    return [
+        *pairs[:4],
+        *_recovered(report),
+        *(_against_dense(report, measure) for measure in _TO_DENSE),
+        *pairs[4:],
+    ]
 
 
 def verdict(report: Report) -> str:
@@ -115,8 +131,9 @@ def verdict(report: Report) -> str:
 
 def _deed(report: Report) -> str:
     if report.stages:
-        done = ", then ".join(f"{stage.method} ({percent(stage.sparsity)})" for stage in report.stages)
-        return f"{done} pruned {report.name}"
+        return f"{', then '.join(map(_stage, report.stages))} pruned {report.name}"
+    if report.recovery:
+        return f"{report.method} changed the weights of {report.name}"
     how = f"in a {report.pattern} pattern" if ":" in report.pattern else "as unstructured zeros"
     what = "prunable weights"
     if report.parameters_after < report.parameters_before:
@@ -126,6 +143,10 @@ def _deed(report: Report) -> str:
         asked = f" ({percent(report.sparsity_requested)} was asked for)"
     removed = f"removed {percent(report.sparsity)}{asked} of the {what}"
     return f"{report.method} {removed} of {report.name} {how}"
+
+
+def _stage(stage: Stage) -> str:
+    return stage.method if stage.pattern == RECOVERY else f"{stage.method} ({percent(stage.sparsity)})"
 
 
 def _file(row: Row) -> str:

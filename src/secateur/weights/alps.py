@@ -54,7 +54,8 @@ class Alps(WeightMethod):
 
         from secateur.core.numerics import exact_products
         from secateur.core.selection import drop_count
-        from secateur.weights.least_squares import scaled_gram, solve_on_support
+        from secateur.core.support import solve_on_support
+        from secateur.weights.least_squares import scaled_gram
 
         weight, pattern = problem.weight, problem.pattern
         if pattern.kind != "n:m" and drop_count(weight.numel(), problem.sparsity) == 0:
