@@ -57,6 +57,7 @@ class Recipe(BaseModel):
         device: `auto`, `cpu`, `cuda` or `cuda:n`.
         dtype: computing precision; `auto` is float32 on the CPU and the model's own on a GPU.
         measure_speed: measure prefill and decode before and after (needs the whole model in memory).
+        check_loading: open the result in a fresh process, as a stranger would.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +77,7 @@ class Recipe(BaseModel):
     device: str = "auto"
     dtype: DType = "auto"
     measure_speed: bool = True
+    check_loading: bool = True
 
     @property
     def parsed_pattern(self) -> Pattern:

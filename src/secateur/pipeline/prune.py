@@ -14,12 +14,14 @@ import torch
 import secateur
 from secateur.anatomy.resized import is_stock
 from secateur.calibration.distributed import Group, local_device
+from secateur.checkpoint.durable import write_bytes
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
 from secateur.loading import REMOTE_CODE
 from secateur.pipeline.data import RunData, load_run_data, save_cache
 from secateur.pipeline.families import checked_method, prune_blocks_of
+from secateur.pipeline.loading import found_to_load
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.state import Outcome, Run
@@ -88,11 +90,12 @@ def prune_checkpoint(
                 return None
             _copy_outer(run, writer)
             folder = writer.assemble(config_updates=outcome.config_updates, dropped=outcome.dropped)
+            _add_code(folder, outcome, opened)
             pruned = open_model(folder)
             pruned.share_outer(dense)
             report = _judge(run, (dense, pruned), outcome, marks, command, started)
             report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
-            writer.finish(extra={**outcome.files, **_files(report, opened, outcome)})
+            writer.finish(extra={**outcome.files, **_files(report, opened)})
             return report
 
 
@@ -113,6 +116,7 @@ def _judge(
         sizes=Sizes.of(models[0].checkpoint, models[1].checkpoint, outcome.zeros),
         outcome=outcome,
         verdict=verdict,
+        loads_in=found_to_load(models[1], try_it=run.recipe.check_loading),
         calibration=run.data.calibration,
         fingerprint=marks,
         command=command,
@@ -121,16 +125,21 @@ def _judge(
     )
 
 
-def _files(report: Report, opened: Opened, outcome: Outcome) -> dict[str, str | bytes]:
-    """What lies beside the weights; models of blocks that differ bring their loading code along."""
-    files: dict[str, str | bytes] = {
+def _files(report: Report, opened: Opened) -> dict[str, str | bytes]:
+    """What lies beside the weights."""
+    return {
         "report.json": report.model_dump_json(indent=2) + "\n",
         "report.html": render(report),
         "README.md": model_card(report, opened.folder),
     }
+
+
+def _add_code(folder: Path, outcome: Outcome, opened: Opened) -> None:
+    """Models of blocks that differ bring their loading code along."""
     if not is_stock({**opened.checkpoint.config, **outcome.config_updates}):
-        files[REMOTE_CODE] = (Path(secateur.__file__).parent / "loading" / REMOTE_CODE).read_bytes()
-    return files
+        write_bytes(
+            folder / REMOTE_CODE, (Path(secateur.__file__).parent / "loading" / REMOTE_CODE).read_bytes()
+        )
 
 
 def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]:

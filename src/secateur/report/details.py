@@ -24,6 +24,8 @@ def details(report: Report) -> Markup:
         ("Machine", _machine(report)),
         ("Versions", list(report.versions.items())),
     ]
+    if report.loads_in:
+        groups.insert(1, ("Loads in", list(report.loads_in.items())))
     if report.stages:
         groups.insert(1, ("Stages", _stages(report)))
     cards = [element("div", element("h3", title), facts(pairs)) for title, pairs in groups]
