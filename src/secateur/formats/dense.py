@@ -1,6 +1,6 @@
 """Blocks of one size for engines that know no other: what was cut away comes back as zeros.
 
-(structured-baselines, section 8: a dense export that any runtime of the family loads, without a gain in speed.)
+(structured-baselines, section 8: any runtime of the family loads it, without a gain in speed.)
 """
 
 from __future__ import annotations

@@ -40,6 +40,9 @@ class Form:
         kind = str(config.get("base_model_type", config.get("model_type")))
         family = load_family(kind)
         whole = {**(family.defaults if family else {}), **config}
+        for name, other in (family.aliases if family else {}).items():
+            value = whole.get(name, whole.get(other))
+            whole |= {name: value, other: value}
         layers, sizes = whole.get("num_hidden_layers"), whole.get("per_layer_config") or {}
         if not isinstance(layers, int):
             return None

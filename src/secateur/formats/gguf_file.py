@@ -36,7 +36,7 @@ def require_gguf() -> Any:
 
 
 def stored_as(entry: Entry, dtype: str) -> str:
-    """How a tensor is stored: vectors and routers in float32, rows that are no whole groups of 32 not as q8_0."""
+    """How a tensor is stored: vectors and routers in float32, rows of no whole groups of 32 not as q8_0."""
     if len(entry.shape) == 1 or ROUTER in entry.name:
         return "f32"
     return "f16" if dtype == "q8_0" and entry.shape[-1] % 32 else dtype

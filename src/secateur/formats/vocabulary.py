@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur.core.errors import ExportError
 
-__all__ = ["Vocabulary", "vocabulary"]
+__all__ = ["WITHOUT", "Vocabulary", "file_name", "vocabulary"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 WITHOUT = "add --no-tokenizer to write the weights alone"
@@ -23,6 +23,7 @@ DIGIT_RUNS = (
 SINGLE_DIGITS = DIGIT_RUNS.replace("{1,3}", "")
 SPLITS = {DIGIT_RUNS: "dbrx", SINGLE_DIGITS: "qwen2"}
 """Regular expressions that cut text before byte-level merges -> the name llama.cpp has for them."""
+PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 
 
 @dataclass
@@ -70,10 +71,17 @@ def vocabulary(
     for name, number in special.items():
         if number is not None and number < size:
             keys[f"tokenizer.ggml.{name}_token_id"] = number
-    lost = pieces.beyond
-    return Vocabulary(
-        keys, [f"{lost} tokens beyond the {size} rows of the embedding are left out"] * bool(lost)
-    )
+    lost = f"{pieces.beyond} tokens beyond the {size} rows of the embedding are left out"
+    return Vocabulary(keys, [lost] if pieces.beyond else [])
+
+
+def file_name(name: str, keys: Mapping[str, Any]) -> str:
+    """`general.name` of the file: llama.cpp expects certain tokens in files named after Phi-3, and does not
+    load one that lacks them."""
+    plain = name.lower().replace("-", "")
+    if "phi3" in plain and not set(keys.get("tokenizer.ggml.tokens", PHI3_TOKENS)) >= PHI3_TOKENS:
+        return "model"
+    return name
 
 
 class _Pieces:

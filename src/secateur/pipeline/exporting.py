@@ -20,7 +20,7 @@ from secateur.formats.fit import Fit, fit
 from secateur.formats.form import Form
 from secateur.formats.gguf_file import DTYPES, require_gguf, stored_as, write_gguf
 from secateur.formats.gguf_tensors import entries
-from secateur.formats.vocabulary import WITHOUT, Vocabulary, vocabulary
+from secateur.formats.vocabulary import WITHOUT, Vocabulary, file_name, vocabulary
 from secateur.loading import REMOTE_CODE
 from secateur.pipeline.opened import Opened, open_model
 from secateur.pipeline.state import part_name
@@ -95,7 +95,7 @@ def _gguf(
     expected = sum(prod(entry.shape) * BYTES[stored_as(entry, stored)] for entry in tensors)
     require_disk(out, int(expected) + MARGIN_BYTES)
     keys = {f"{found.name}.{key}": value for key, value in found.keys().items()}
-    keys = {"general.name": Path(opened.name).name, **keys, **words.keys}
+    keys = {"general.name": file_name(Path(opened.name).name, words.keys), **keys, **words.keys}
     nbytes = write_gguf(out, found.name, keys, tensors, stored, progress)
     return {
         "architecture": found.name,
@@ -134,7 +134,7 @@ def _vocabulary(opened: Opened, found: Fit) -> Vocabulary:
 
 
 def _dense(opened: Opened, out: Path, *, progress: Progress) -> dict[str, Any]:
-    """Padded blocks, through the same journal as a pruning run: a killed export goes on when it is repeated."""
+    """Padded blocks, through the journal of pruning runs: a killed export goes on when it is repeated."""
     checkpoint, anatomy = opened.checkpoint, opened.anatomy
     config, stock = uniform(checkpoint.config, anatomy)
     marks = {

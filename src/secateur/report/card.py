@@ -43,8 +43,8 @@ def model_card(report: Report, source: Path | None = None) -> str:
 
 
 _STOCK = "It is an ordinary checkpoint: whatever loads the dense model loads this one."
-_OWN_CODE = """Its blocks are not those of a stock class: `modeling_secateur.py` beside the weights builds them.
-Put `import secateur` before this, or pass `trust_remote_code=True` after reading that file."""
+_OWN_CODE = """Its blocks are not those of a stock class: `modeling_secateur.py` beside the weights builds
+them. Put `import secateur` before this, or pass `trust_remote_code=True` after reading that file."""
 _LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
