@@ -129,11 +129,11 @@ def page(rows: list[dict[str, Any]], version: str) -> str:
     cpu = machine_facts()["cpu"]
     head = f"""# GGUF files in llama.cpp
 
-Written by `python benchmarks/gguf_llama.py` on {cpu}, one thread, llama-cpp-python {version}; FLAP at sparsity
-{SPARSITY}, seed {SEED}, calibrated on the model's own text.
+Written by `python benchmarks/gguf_llama.py` on {cpu}, one thread, llama-cpp-python {version};
+FLAP at sparsity {SPARSITY}, seed {SEED}, calibrated on the model's own text.
 
-- *Same tokens*: of {NEW_TOKENS} greedy tokens, those before the first that differs from transformers in float32.
-- *Difference*: the largest between log-probabilities of 128 tokens; llama.cpp keeps keys and values in float16.
+- *Same tokens*: of {NEW_TOKENS} greedy tokens, those before the first where transformers in float32 differs.
+- *Difference*: the largest between log-probabilities of 128 tokens; llama.cpp has its KV cache in float16.
 - *Tokenizer*: whether four awkward texts become the same tokens.
 - *Prefill*, *decode*: tokens per second, 128 tokens in and {NEW_TOKENS} out, median of {REPEATS}.
 
