@@ -140,7 +140,7 @@ def _sentencepiece(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spaces(step: Mapping[str, Any]) -> bool:
-    return step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE
+    return bool(step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE)
 
 
 def _byte_level(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _byte_level(content: Mapping[str, Any]) -> dict[str, Any]:
 def _cut(before: list[Any], last: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     if not before and last.get("use_regex", True):
         return "gpt-2"
-    step = before[0] if len(before) == 1 else {"type": "several steps"}
+    step: dict[str, Any] = before[0] if len(before) == 1 else {"type": "several steps"}
     if step["type"] == "Digits" and step.get("individual_digits") and last.get("use_regex", True):
         return "starcoder"
     if step["type"] == "Split" and step.get("behavior") == "Isolated" and not last.get("use_regex", True):
