@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.loading import register_when_needed
 
 if TYPE_CHECKING:
-    from secateur.api import bench, compare, evaluate, inspect, methods, plan, prune, recover
+    from secateur.api import bench, compare, evaluate, export, inspect, methods, plan, prune, recover
     from secateur.core.errors import InputError, SecateurError
     from secateur.recipe import Recipe
 
@@ -26,6 +26,7 @@ __all__ = [
     "bench",
     "compare",
     "evaluate",
+    "export",
     "inspect",
     "methods",
     "plan",

@@ -54,6 +54,7 @@ class Job(BaseModel):
         device: `auto`, `cpu`, `cuda` or `cuda:n`.
         dtype: computing precision; `auto` is float32 on the CPU and the model's own on a GPU.
         measure_speed: measure prefill and decode before and after (needs the whole model in memory).
+        check_loading: open the result in a fresh process, as a stranger would.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +67,7 @@ class Job(BaseModel):
     device: str = "auto"
     dtype: DType = "auto"
     measure_speed: bool = True
+    check_loading: bool = True
 
 
 class Recipe(Job):

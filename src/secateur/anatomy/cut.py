@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from secateur.anatomy.model import Axis, Block, Segment, Shape
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["Kept", "cut_block", "cut_shapes", "entries", "expand_block", "space_parameters"]
+__all__ = ["Kept", "cut_block", "cut_shapes", "entries", "expand_block", "pad_block", "space_parameters"]
 
 Kept = Mapping[str, "Tensor"]
 """By space, int64 numbers of what stays, in the order it shall have; spaces not named stay whole."""
@@ -89,3 +90,47 @@ def space_parameters(block: Block, entries: Mapping[str, int]) -> int:
     whole = {segment.space: segment.count for segment in segments}
     less = {space: whole[space] - gone for space, gone in entries.items()}
     return block.size - sum(map(prod, cut_shapes(block, less).values()))
+
+
+def pad_block(
+    block: Block, smaller: Mapping[str, Tensor], target: Block, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of `target` with those of a block of no larger sizes inside, and zeros elsewhere.
+
+    Units keep their order and come first in each segment, so that a zero head or channel reads zero weights
+    and is read by zero weights. What the smaller block lacks altogether (a bias, a part) is zero.
+
+    Args:
+        smaller: tensors by name inside `block`.
+        dtype: of tensors that the smaller block lacks.
+
+    Raises:
+        ValueError: a tensor that `target` does not have, or a segment larger than its own.
+    """
+    import torch
+
+    if extra := smaller.keys() - target.axes.keys():
+        raise ValueError(f"the uniform block has no {sorted(extra)[0]}")
+    whole: dict[str, Tensor] = {}
+    for name, axes in target.axes.items():
+        tensor = smaller[name] if name in smaller else torch.zeros(target.parameters[name], dtype=dtype)
+        if name in smaller:
+            for dimension, (axis, wide) in enumerate(zip(block.axes[name], axes, strict=True)):
+                tensor = _padded(tensor, dimension, axis, wide)
+        whole[name] = tensor
+    return whole
+
+
+def _padded(tensor: Tensor, dimension: int, axis: Axis, wide: Axis) -> Tensor:
+    import torch
+
+    if axis.size == wide.size:
+        return tensor
+    positions, start = [], 0
+    for segment, room in zip(axis.segments, wide.segments, strict=True):
+        if segment.size > room.size:
+            raise ValueError(f"{segment.size} entries of {segment.space} in room for {room.size}")
+        positions.append(start + torch.arange(segment.size))
+        start += room.size
+    shape = [*tensor.shape[:dimension], wide.size, *tensor.shape[dimension + 1 :]]
+    return tensor.new_zeros(shape).index_copy(dimension, torch.cat(positions), tensor)

@@ -119,6 +119,18 @@ class FileLayout:
         """
         return {name: stored.assemble(tensors) for name, stored in self._chosen(index, only).items()}
 
+    def files_of(self, index: int, parameter: str) -> list[str]:
+        """Names on disk of one parameter of block `index`."""
+        return [piece.name for piece in self._blocks[index][parameter].pieces]
+
+    def assemble_one(self, index: int, parameter: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """`assemble` for one parameter, from the tensors of `files_of`."""
+        return self._blocks[index][parameter].assemble(tensors)
+
+    def outer_files(self) -> dict[str, list[str]]:
+        """Names on disk of every parameter outside the blocks; of tied ones those that the files have."""
+        return {name: _names({name: stored}) for name, stored in self._outer.items()}
+
     def disassemble(self, index: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The exact inverse of `assemble`; the tensors are views of the parameters."""
         block = self._blocks[index].items()

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from secateur.core.errors import OutputError
 
-__all__ = ["COPY_BYTES", "copy_range", "replacing", "sync_folder", "write_bytes"]
+__all__ = ["COPY_BYTES", "copy_range", "replacing", "staged", "sync_folder", "write_bytes"]
 
 COPY_BYTES = 8 << 20
 
@@ -24,11 +24,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OutputError: the disk is full or refuses the file.
     """
+    with staged(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """`replacing` for whoever opens the file itself: gives the name to write to, and the file its own name
+    when it is whole and flushed to the disk. An exception leaves nothing behind.
+
+    Raises:
+        OutputError: as `replacing`.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -37,6 +48,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OutputError(
             f"cannot write {path} ({error.strerror or error})", "", "free the disk, then add --resume"
         ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

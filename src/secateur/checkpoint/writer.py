@@ -136,6 +136,7 @@ class CheckpointWriter:
         *,
         config_updates: dict[str, Any] | None = None,
         dropped: Collection[str] = (),
+        removed: Collection[str] = (),
         shard_bytes: int = 5_000_000_000,
     ) -> Path:
         """Merge the parts and add config and companions: a checkpoint to look at before it is published.
@@ -146,6 +147,7 @@ class CheckpointWriter:
         Args:
             config_updates: top-level keys of the source's config to replace or add.
             dropped: tensors of the source that the output does not have.
+            removed: keys of the source's config that the output does not have.
             shard_bytes: a file of weights is closed before it grows beyond this.
 
         Returns:
@@ -160,7 +162,8 @@ class CheckpointWriter:
         self._final.mkdir()
         merge_weights(self._final, self._placed(set(dropped)), shard_bytes)
         copy_files(self.source.companions(), self.source.folder, self._final)
-        write_json(self._final / CONFIG, {**self.source.config, **(config_updates or {})})
+        config = {**self.source.config, **(config_updates or {})}
+        write_json(self._final / CONFIG, {key: value for key, value in config.items() if key not in removed})
         self._assembled = True
         return self._final
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "perplexity, divergence from the dense model, tasks",
     "bench": "prefill and decode speed, peak memory",
     "compare": "several runs in one picture",
+    "export": "a checkpoint for llama.cpp (GGUF), or padded to uniform sizes",
 }
 for command, summary in COMMANDS.items():
     app.command(f"secateur.cli.{command}:{command}", name=command, help=summary)

@@ -63,6 +63,7 @@ def prune(
     device: Device = "auto",
     dtype: DTypeName = "auto",
     measure_speed: Annotated[bool, Parameter(help="measure prefill and decode before and after")] = True,
+    check_loading: Annotated[bool, Parameter(help="open the result in a fresh process")] = True,
     resume: Annotated[bool, Parameter(negative=(), help="go on where a killed run stopped")] = False,
     recipe: Annotated[
         Path | None, Parameter(help="a YAML file with these settings, and stages; options given here win")
@@ -81,7 +82,7 @@ def prune(
             "batch_size": batch_size,
         },
         "scores": scores, "text": text, "evaluation_windows": evaluation_windows, "seed": seed,
-        "device": device, "dtype": dtype, "measure_speed": measure_speed,
+        "device": device, "dtype": dtype, "measure_speed": measure_speed, "check_loading": check_loading,
     }  # fmt: skip
     recipes = build_recipes(given, recipe)
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from secateur.report.numbers import count, duration, number, percent, size
 
-__all__ = ["benched", "compared", "evaluated", "inspection", "planned"]
+__all__ = ["benched", "compared", "evaluated", "exported", "inspection", "planned"]
 
 Rows = list[tuple[str, str]]
 
@@ -36,6 +36,7 @@ def inspection(facts: Mapping[str, Any]) -> list[Any]:
         ("longest input", f"{facts['max_length_tokens']} tokens"),
         ("spaces", ", ".join(f"{name} {value}" for name, value in facts["spaces"].items())),
         ("tied", ", ".join(f"{a} = {b}" for a, b in facts["tied"].items()) or "nothing"),
+        *((f"loads in {name}", answer) for name, answer in facts["loads_in"].items()),
     ]
     return [_facts(rows, facts["model"]), *(_kind(kind, facts["blocks"]) for kind in facts["block_kinds"])]
 
@@ -134,3 +135,15 @@ def compared(rows: list[dict[str, Any]]) -> Table:
             size(row["bytes_after"]),
         )
     return table
+
+
+def exported(facts: Mapping[str, Any]) -> list[Any]:
+    """`secateur export`."""
+    known = {"architecture": "architecture", "dtype": "matrices in", "tokenizer": "tokenizer"}
+    rows = [(label, str(facts[key])) for key, label in known.items() if key in facts]
+    rows += [
+        ("parameters", count(facts["parameters"])),
+        ("size", f"{size(facts['bytes_before'])} before, {size(facts['bytes'])} now"),
+        *(("note", note) for note in facts["notes"]),
+    ]
+    return [_facts(rows, f"written: {facts['out']}")]

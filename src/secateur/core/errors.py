@@ -9,6 +9,7 @@ __all__ = [
     "AnatomyError",
     "CalibrationError",
     "CheckpointError",
+    "ExportError",
     "InputError",
     "MissingExtraError",
     "NumericsError",
@@ -55,6 +56,10 @@ class CalibrationError(InputError):
 
 class OutputError(InputError):
     """An output folder that cannot be written, is not empty, or is the input itself."""
+
+
+class ExportError(InputError):
+    """A model or tokenizer that the format asked for cannot hold."""
 
 
 class ResumeError(InputError):

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MODEL_TYPE", "REMOTE_CODE", "register_when_needed"]
+__all__ = ["CODE", "MODEL_TYPE", "REMOTE_CODE", "register_when_needed"]
 
 MODEL_TYPE = "secateur"
 REMOTE_CODE = "modeling_secateur.py"
 """The file of this room that is also written beside checkpoints whose blocks differ."""
+CODE = "after `import secateur`, or with trust_remote_code=True"
+"""What loading such a model takes."""
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 

@@ -58,7 +58,8 @@ def prune_chain(
     for number, recipe in enumerate(recipes, 1):
         last = number == len(recipes)
         folder = out if last else between / str(number)
-        own = recipe.model_copy(update={"model": model, "measure_speed": recipe.measure_speed and last})
+        checks = {key: getattr(recipe, key) and last for key in ("measure_speed", "check_loading")}
+        own = recipe.model_copy(update={"model": model, **checks})
         report = _stage(own, folder, dense, stages, resume, command, progress)
         assert report is not None  # there is one process
         stages = report.stages or [report.as_stage()]

@@ -13,6 +13,7 @@ from secateur.anatomy.model import Anatomy
 from secateur.anatomy.predict import predict
 from secateur.checkpoint.headers import Headers
 from secateur.core.errors import InputError
+from secateur.formats.loads_in import loads_in
 
 __all__ = ["inspect"]
 
@@ -55,6 +56,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "max_length_tokens": known.max_length,
         "tensors": len(headers.tensors),
         "untouched_tensors": list(known.layout.untouched),
+        "loads_in": loads_in(headers.config, headers.tensors),
         "fingerprint": headers.fingerprint(),
     }
 

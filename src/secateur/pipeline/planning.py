@@ -14,6 +14,7 @@ from secateur.calibration.driver import BATCH_TOKENS
 from secateur.core.method import Method
 from secateur.core.numerics import exact_products
 from secateur.evaluation.memory import available_memory_bytes
+from secateur.formats.loads_in import loads_in
 from secateur.pipeline.data import window_length
 from secateur.pipeline.families import checked_method
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
@@ -92,7 +93,7 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
             "loads_in": {
                 "transformers": "yes: same class and configuration, dense files",
                 "vllm": "yes, as the dense model (it runs no sparse weights)",
-                "gguf": "through llama.cpp's converter, as the dense model",
+                "gguf": loads_in(opened.checkpoint.config, opened.checkpoint.tensors)["gguf"],
             },
         }
     freed = int(anatomy.block_parameters * sparsity)
@@ -109,8 +110,8 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
         "loads_in": {
             "transformers": "yes: as it is where all blocks come out alike, else after `import secateur` or "
             "with trust_remote_code=True",
-            "vllm": "where all blocks come out alike",
-            "gguf": "where all blocks come out alike",
+            "vllm": "where all blocks come out alike, else padded: `secateur export --format dense`",
+            "gguf": "by `secateur export`; blocks that differ in llama, mistral, qwen2 and phi3 only",
         },
     }
 

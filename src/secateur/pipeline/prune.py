@@ -18,8 +18,9 @@ from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
 from secateur.pipeline.data import RunData, load_run_data, save_cache
 from secateur.pipeline.families import checked_method, observes, prune_blocks_of
+from secateur.pipeline.loading import found_to_load
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
-from secateur.pipeline.published import copy_outer, published_files
+from secateur.pipeline.published import add_code, copy_outer, published_files
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.verify import verify
@@ -86,12 +87,12 @@ def prune_checkpoint(
                 return None
             copy_outer(opened, writer)
             folder = writer.assemble(config_updates=outcome.config_updates, dropped=outcome.dropped)
+            add_code(folder)
             pruned = open_model(folder)
             pruned.share_outer(dense)
             report = _judge(run, (dense, pruned), outcome, marks, command, started)
             report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
-            files = published_files(report, opened, outcome.config_updates)
-            writer.finish(extra={**outcome.files, **files})
+            writer.finish(extra={**outcome.files, **published_files(report, opened)})
             return report
 
 
@@ -113,6 +114,7 @@ def _judge(
         outcome=outcome,
         verdict=verdict,
         calibration=run.data.calibration if observes(run.method, run.recipe) else None,
+        loads_in=found_to_load(models[1], try_it=run.recipe.check_loading),
         fingerprint=marks,
         command=command,
         seconds=time.perf_counter() - started,

@@ -17,7 +17,7 @@ from secateur.core.progress import SILENT, Progress
 from secateur.pipeline.data import save_cache
 from secateur.pipeline.mending import Mending, check_mending, mend
 from secateur.pipeline.opened import Opened, choose_device, open_model
-from secateur.pipeline.published import copy_outer, published_files
+from secateur.pipeline.published import add_code, copy_outer, published_files
 from secateur.pipeline.recovery_data import RecoveryData, load_recovery_data
 from secateur.pipeline.recovery_report import earlier_stages, recovery_report
 from secateur.recipe import RecoveryRecipe
@@ -78,7 +78,9 @@ def recover_checkpoint(
         save_cache(data.run, writer.workspace)
         mended = mend(job, data, writer)
         copy_outer(opened, writer)
-        recovered = open_model(writer.assemble())
+        folder = writer.assemble()
+        add_code(folder)
+        recovered = open_model(folder)
         before = list(stages) or earlier_stages(opened)
         report = recovery_report(job, data, mended, (judge, recovered), before, marks, command, started)
         writer.finish(extra=published_files(report, opened))

@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.evaluation.memory import machine_facts, peak_memory_bytes
 from secateur.evaluation.quality import perplexity
+from secateur.pipeline.loading import found_to_load
 from secateur.pipeline.mending import Mended, Mending, count_zeros
 from secateur.pipeline.opened import Opened, choose_dtype
 from secateur.pipeline.record import digest, versions
@@ -86,6 +87,7 @@ def recovery_report(
         command=command,
         fingerprint=digest(fingerprint),
         effect=EFFECT,
+        loads_in=found_to_load(recovered, try_it=job.recipe.check_loading),
         loss_definition=LOSS,
         layers=mended.layers,
         recovery=_recovery(job, data, mended, given),

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from secateur.loading import CODE
 from secateur.report.model import FILE_NAME, Report
 from secateur.report.verdict import rows, verdict
 
@@ -33,22 +34,29 @@ def model_card(report: Report, source: Path | None = None) -> str:
         "## What was done\n\n" + _done(report),
         "## Before and after\n\n" + _table(report),
         "## What to expect\n\n" + report.effect,
-        "## How to load it\n\n" + _LOADING,
+        "## How to load it\n\n" + _loading(report),
         "## Limits\n\n" + _limits(report),
         f"Everything that was measured is in `{FILE_NAME}` and, to look at, in `report.html`.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-_LOADING = """It is an ordinary checkpoint: whatever loads the dense model loads this one.
-
-```python
+_STOCK = "It is an ordinary checkpoint: whatever loads the dense model loads this one."
+_OWN_CODE = """Its blocks are not those of a stock class: `modeling_secateur.py` beside the weights builds
+them. Put `import secateur` before this, or pass `trust_remote_code=True` after reading that file."""
+_LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
+
+
+def _loading(report: Report) -> str:
+    engines = "\n".join(f"- {name}: {_plain(answer)}" for name, answer in report.loads_in.items())
+    own_code = CODE in report.loads_in.get("transformers", "")
+    return "\n\n".join(filter(None, (_OWN_CODE if own_code else _STOCK, _LOADING, engines)))
 
 
 def _front(report: Report, source: Path | None) -> dict[str, Any]:

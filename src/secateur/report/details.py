@@ -26,6 +26,8 @@ def details(report: Report) -> Markup:
     ]
     if report.recovery:
         groups.insert(1, ("Recovery", _recovery(report.recovery)))
+    if report.loads_in:
+        groups.insert(1, ("Loads in", list(report.loads_in.items())))
     if report.stages:
         groups.insert(1, ("Stages", _stages(report)))
     cards = [element("div", element("h3", title), facts(pairs)) for title, pairs in groups]

@@ -176,6 +176,7 @@ class Report(_Part):
 
     `sparsity` is the fraction removed of the prunable parameters; `kl_divergence` is in nats a token, from
     dense to pruned; `top1_agreement` a fraction of tokens. `family` is the architecture of the model.
+    `loads_in` says of each engine `yes: ...` or `no: ...`, and whether it was tried.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -212,6 +213,7 @@ class Report(_Part):
     command: Text
     fingerprint: str
     effect: str
+    loads_in: dict[str, Text] = Field(default_factory=dict)
     loss_definition: str = (
         "relative squared error of the output on the calibration text "
         "(of a matrix: from the second moment of its input where the method collects no Hessian)"

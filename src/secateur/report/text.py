@@ -28,7 +28,12 @@ def before_after(report: Report) -> RenderableType:
         Text(f"done differently in {len(layers)} of {len(report.layers)} matrices: {phrase}", style="yellow")
         for phrase, layers in report.fallbacks()
     ]
-    return Group(Text(verdict(report)), Text(), table, Text(), Text(report.effect), *warnings, *fallbacks)
+    loads = [
+        Text(f"loads in {name}", "bold").append(f"  {answer}", "") for name, answer in report.loads_in.items()
+    ]
+    return Group(
+        Text(verdict(report)), Text(), table, Text(), Text(report.effect), *loads, *warnings, *fallbacks
+    )
 
 
 def _cells(row: Row) -> list[Text]:
