@@ -17,8 +17,10 @@ from secateur.evaluation.memory import available_memory_bytes
 from secateur.pipeline.data import window_length
 from secateur.pipeline.families import checked_method
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
+from secateur.pipeline.planning_structure import structure_outcome
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
+from secateur.structure.base import StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["Estimate", "estimate", "plan"]
@@ -64,7 +66,6 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
         "method": recipe.method,
         "pattern": recipe.pattern,
         "allocation": recipe.allocation,
-        "sparsity": recipe.resolved_sparsity,
         "parameters_before": opened.checkpoint.parameters,
         "bytes_before": opened.checkpoint.nbytes,
         **_outcome(opened, recipe, method),
@@ -77,10 +78,13 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
 
 def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     """What the result will be: of zeros in dense files, or of matrices that are smaller."""
+    if isinstance(method, StructureMethod):
+        return structure_outcome(opened, method, recipe)
     anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
     before, nbytes = opened.checkpoint.parameters, opened.checkpoint.nbytes
     if isinstance(method, WeightMethod):
         return {
+            "sparsity": sparsity,
             "parameters_prunable": anatomy.prunable_parameters,
             "zeros_after": int(anatomy.prunable_parameters * sparsity),
             "parameters_after": before,
@@ -96,6 +100,7 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     freed = int(anatomy.block_parameters * sparsity)
     after = nbytes - round(nbytes * freed / before)
     return {
+        "sparsity": sparsity,
         "parameters_prunable": anatomy.block_parameters,
         "zeros_after": 0,
         "parameters_after": before - freed,

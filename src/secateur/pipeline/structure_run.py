@@ -10,21 +10,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from secateur.anatomy.cut import cut_shapes
-from secateur.anatomy.resized import is_stock, resized_config
 from secateur.calibration.driver import OpenBlock
-from secateur.core.errors import InputError, RecipeError
+from secateur.core.errors import InputError
+from secateur.core.progress import Progress
 from secateur.pipeline.cutting import Choice, Cutter
+from secateur.pipeline.decode_costs import DECODE, DecodeTable, measure_decode
+from secateur.pipeline.draft import draft, groups_of
 from secateur.pipeline.matrices import generator_for, statistics_of
-from secateur.pipeline.opened import Opened
-from secateur.pipeline.state import SCORES, Outcome, Run
+from secateur.pipeline.opened import Opened, choose_device, choose_dtype
+from secateur.pipeline.result import Result, new_biases
+from secateur.pipeline.state import PLAN, SCORES, Outcome, Run
 from secateur.pipeline.watching import BlockWatch
 from secateur.recipe import Recipe
-from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod, UnitProblem
-from secateur.structure.units import Units, kept_spaces, producers
+from secateur.structure.units import producers
 
-__all__ = ["check_structure", "prune_structure"]
+__all__ = ["check_structure", "decode_table", "given_scores", "prune_structure"]
 
 UNEQUAL = "Blocks differ in size: load it after `import secateur`, or with trust_remote_code=True."
 
@@ -33,74 +34,81 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
     """Refuse, before anything is read or written, what could not be done.
 
     Raises:
-        RecipeError: a share that cannot be removed, or that whole heads do not make.
+        RecipeError: a share or budget that cannot be met, or that whole heads do not make.
         AnatomyError: a family whose blocks cannot have the sizes.
-        InputError: scores of another model or method.
+        InputError: scores or a plan of another model or method.
     """
-    groups = _groups(opened, method)
-    flat = [Scored(index, units, torch.zeros(units.count)) for index, units in groups]
-    blocks = opened.anatomy.blocks
-    sizes = [block.size for block in blocks]
-    kept = allocate(flat, sizes, recipe.resolved_sparsity, method, torch.zeros(len(blocks)))
-    spaces: list[dict[str, int]] = [{} for _ in blocks]
-    for (index, units), stays in zip(groups, kept, strict=True):
-        spaces[index] |= {space: len(at) for space, at in kept_spaces(units, stays).items()}
-    shapes = [cut_shapes(block, own) for block, own in zip(blocks, spaces, strict=True)]
-    resized_config(opened.checkpoint.config, opened.anatomy, spaces, shapes)
+    target = recipe.target
+    if target is not None and target.kind == "decode":  # its costs are measured later; try some cut
+        groups = groups_of(opened, method)
+        half = [torch.arange((units.count + 1) // 2) for _, units in groups]
+        _ = Result.of(opened, groups, half, new_biases(opened, groups, method)).config_updates
+    else:
+        _ = draft(opened, method, recipe).result.config_updates
     if recipe.scores is not None:
-        _given(opened, method, Path(recipe.scores))
+        given_scores(opened, method, Path(recipe.scores))
+
+
+def decode_table(
+    opened: Opened, method: StructureMethod, recipe: Recipe, progress: Progress, cache: Path | None
+) -> DecodeTable | None:
+    """What a token costs on this machine, if the budget asks: measured, or as the run before measured it.
+
+    Raises:
+        RecipeError: a budget that is out of reach, or a model too large to be timed.
+    """
+    target = recipe.target
+    if target is None or target.kind != "decode":
+        return None
+    if cache and (cache / DECODE).exists():
+        return DecodeTable.load(cache / DECODE)
+    groups, device = groups_of(opened, method), choose_device(recipe.device)
+    dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
+    biases = new_biases(opened, groups, method)
+    table = measure_decode(opened, method, groups, biases, device, dtype, progress)
+    draft(opened, method, recipe, decode=table)
+    return table
 
 
 def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     """Score, choose, cut. Scores are kept beside the result, to plan other ratios from."""
-    blocks = run.opened.anatomy.blocks
     found = _scores(run, method)
-    scored = [
-        Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in _groups(run.opened, method)
-    ]
-    sizes = [block.size for block in blocks]
-    kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method, found.get("turns"))
+    planned = draft(run.opened, method, run.recipe, None if run.recipe.plan else found, run.decode)
     choices = [
         Choice(group, found.get(f"{group.block}.{group.units.kind}.mean"), stays)
-        for group, stays in zip(scored, kept, strict=True)
+        for group, stays in zip(planned.scored, planned.kept, strict=True)
     ]
-    cutter = Cutter(run, method, choices)
+    cutter = Cutter(run, method, choices, planned)
     layers, rows = cutter.cut()
-    freed = sum(len(choice.removed) * choice.units.parameters for choice in choices)
-    stock = is_stock({**run.opened.checkpoint.config, **cutter.config_updates})
     origin = {"origin": json.dumps(_origin(run.opened, method))}  # one key: several come in any order
+    scores = save({name: tensor.contiguous() for name, tensor in found.items()}, origin)
+    plan = planned.stored(run.recipe, run.data.calibration.sha256)
     return Outcome(
         layers=layers,
         blocks=rows,
-        sparsity=freed / sum(sizes),
-        config_updates=cutter.config_updates,
-        files={SCORES: save({name: tensor.contiguous() for name, tensor in found.items()}, origin)},
-        warnings=[] if stock else [UNEQUAL],
+        sparsity=planned.freed / sum(block.size for block in run.opened.anatomy.blocks),
+        requested=planned.sparsity,
+        config_updates=planned.result.config_updates,
+        files={PLAN: plan.dumps(), **({} if run.recipe.plan else {SCORES: scores})},
+        warnings=[] if planned.result.stock else [UNEQUAL],
+        structure=planned.facts(),
     )
-
-
-def _groups(opened: Opened, method: StructureMethod) -> list[tuple[int, Units]]:
-    groups = [(block.index, units) for block in opened.anatomy.blocks for units in method.units(block)]
-    if not groups:
-        raise RecipeError(
-            f"method {method.id!r} on {opened.anatomy.family!r}",
-            "a model with channels or heads that one matrix collects",
-            "prune single weights: wanda",
-        )
-    return groups
 
 
 def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     """Scores (`3.ffn`) and mean inputs (`3.ffn.mean`), from one pass over the dense model unless they are
     given, or left by the run that was interrupted."""
     if run.recipe.scores is not None:
-        return _given(run.opened, method, Path(run.recipe.scores))
+        return given_scores(run.opened, method, Path(run.recipe.scores))
+    if run.recipe.plan is not None and method.compensate != "bias":
+        return {}
     return run.remembered(lambda: _score(run, method))
 
 
 def _score(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    driver, watch = run.driver(), BlockWatch() if method.spread == "sigmoid" else None
+    turns = method.spread == "sigmoid" and run.recipe.plan is None
+    driver, watch = run.driver(), BlockWatch() if turns else None
     blocks = driver.blocks(forward=bool(method.statistics or watch), outputs=watch is not None)
     with run.progress.task(f"scoring with {method.id}", len(run.opened.anatomy.blocks)) as task:
         for opened in blocks:
@@ -120,7 +128,7 @@ def _origin(opened: Opened, method: StructureMethod) -> dict[str, str]:
     return {"model": opened.checkpoint.fingerprint(), "method": method.id, "options": settings}
 
 
-def _given(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Tensor]:
+def given_scores(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Tensor]:
     """Scores of an earlier run, if they are of this model and method and hold what the options need."""
     remedy = "leave --scores out to score this model"
     try:
@@ -140,13 +148,14 @@ def _given(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Ten
 
 def _needed(opened: Opened, method: StructureMethod) -> list[str]:
     """What a file of scores must hold for these options."""
-    names = [f"{index}.{units.kind}" for index, units in _groups(opened, method)]
+    names = [f"{index}.{units.kind}" for index, units in groups_of(opened, method)]
     means = [f"{name}.mean" for name in names] if method.compensate == "bias" else []
     return [*names, *means, *(["turns"] if method.spread == "sigmoid" else [])]
 
 
 def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[str, Tensor]:
-    needs, kinds = method.statistics, method.units(opened.block)
+    planned = run.recipe.plan is not None  # then only the means of what goes are missing
+    needs, kinds = frozenset({"mean"}) if planned else method.statistics, method.units(opened.block)
     sites = {units.writer.input for units in kinds}
     observed = opened.observe(needs, sites=sites, record_output=False) if needs else {}
     found: dict[str, Tensor] = {}
@@ -162,7 +171,8 @@ def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[s
             generator_for(run.recipe.seed, name),
             producers(opened.block, opened.parameters, units),
         )
-        found[name] = method.score(problem).float().cpu()
+        if not planned:
+            found[name] = method.score(problem).float().cpu()
         if inputs.mean is not None:
             found[f"{name}.mean"] = (inputs.mean / max(inputs.tokens, 1)).cpu()
     return found

@@ -1,22 +1,26 @@
-"""How many units go where: the same share everywhere, more where blocks do little, or one ranking of all.
+"""How many units go where: the same share everywhere, more where blocks do little, one ranking of all, or the
+least total loss.
 
 Counts are exact: what is removed meets the budget to within the cheapest unit, ties go by position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from secateur.core.errors import RecipeError
+from secateur.core.knapsack import least_loss
 from secateur.structure.base import StructureMethod
+from secateur.structure.goal import Goal
 from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Scored", "allocate"]
+__all__ = ["Scored", "allocate", "floor_of", "loss_curves", "lowest", "removable", "step_of"]
 
 TOLERANCE = 0.01
 
@@ -36,6 +40,8 @@ def allocate(
     sparsity: float,
     method: StructureMethod,
     angles: Tensor | None = None,
+    *,
+    goal: Goal | None = None,
 ) -> list[Tensor]:
     """Choose what stays.
 
@@ -44,6 +50,7 @@ def allocate(
         sizes: parameters of each block; `sparsity` is the fraction of their sum that goes.
         method: its `spread`, `min_keep` and `round_to` are respected.
         angles: (L,) how much each block turns the hidden state, for the spread `sigmoid`.
+        goal: a limit that is met instead of the sparsity, and never exceeded.
 
     Returns:
         For each group the units that stay, sorted int64.
@@ -51,27 +58,148 @@ def allocate(
     Raises:
         RecipeError: more than can be removed, or no share of heads and channels comes near.
     """
-    budget = sparsity * sum(sizes)
-    most = sum(_removable(group.units, method) * group.units.parameters for group in groups)
-    if budget > most:
-        raise RecipeError(
-            f"sparsity {sparsity:g}",
-            f"at most {most / sum(sizes):.3f}: the rest is norms and the {method.min_keep} unit(s) of each "
-            "kind that a block keeps",
-            "lower --sparsity or min_keep",
-        )
+    most = sum(removable(group.units, method) * group.units.parameters for group in groups)
+
+    def spend(budget: float) -> list[Tensor]:
+        return _spent(groups, sizes, budget, method, angles)
+
+    if goal is not None:
+        counts = [floor_of(group.units, method) for group in groups]
+        _check_reachable(goal, counts, method)
+        removed = _least_loss(groups, goal, method) if method.spread == "knapsack" else None
+        removed = removed or _least_spent(groups, goal, spend, most, method)
+    else:
+        budget = sparsity * sum(sizes)
+        if budget > most:
+            raise RecipeError(
+                f"sparsity {sparsity:g}",
+                f"at most {most / sum(sizes):.3f}: the rest is norms and the {method.min_keep} unit(s) of each "
+                "kind that a block keeps",
+                "lower --sparsity or min_keep",
+            )
+        removed = spend(budget)
+        _check_reached(groups, removed, sparsity, sum(sizes), method)
+    return [group.units.others(gone) for gone, group in zip(removed, groups, strict=True)]
+
+
+def _spent(
+    groups: Sequence[Scored],
+    sizes: Sequence[int],
+    budget: float,
+    method: StructureMethod,
+    angles: Tensor | None,
+) -> list[Tensor]:
+    """What goes, by the method's spread, when so many parameters shall go."""
     if method.spread == "global":
         removed = _ranked(groups, budget, method)
         pairs = zip(groups, removed, strict=True)
-        removed = _lowest(groups, [_rounded(group.units, len(gone), method) for group, gone in pairs])
+        return lowest(groups, [_rounded(group.units, len(gone), method) for group, gone in pairs])
+    if method.spread == "knapsack":
+        return _least_loss(groups, _parameters_left(groups, budget, method), method)
+    share = budget / sum(sizes)
+    budgets = [share * size for size in sizes]
+    if method.spread == "sigmoid":
+        assert angles is not None
+        budgets = _by_angle(groups, budget, angles.double(), method.sharpness)
+    return lowest(groups, _spread(groups, budgets, method))
+
+
+def _parameters_left(groups: Sequence[Scored], budget: float, method: StructureMethod) -> Goal:
+    """The budget to within the cheapest unit, as a limit on what stays."""
+    import torch
+
+    costs = [
+        torch.arange(group.units.count + 1, dtype=torch.float64) * group.units.parameters for group in groups
+    ]
+    whole = sum(float(cost[-1]) for cost in costs)
+    slack = min(group.units.parameters * step_of(group.units, method) for group in groups) - 1
+    floors = sum(
+        float(cost[floor_of(group.units, method)]) for cost, group in zip(costs, groups, strict=True)
+    )
+    return Goal("parameters", max(whole - budget + slack, floors), 0.0, costs)
+
+
+def _check_reachable(goal: Goal, floors: Sequence[int], method: StructureMethod) -> None:
+    least = goal.cost(floors)
+    if least > goal.limit:
+        raise RecipeError(
+            f"a budget of {goal.limit:,.6g} {goal.unit}",
+            f"at least {least:,.6g}: what is outside the blocks, norms, and the {method.min_keep} unit(s) of each "
+            "kind that a block keeps",
+            "raise --budget, or lower min_keep",
+        )
+
+
+def _least_spent(
+    groups: Sequence[Scored],
+    goal: Goal,
+    spend: Callable[[float], list[Tensor]],
+    most: int,
+    method: StructureMethod,
+) -> list[Tensor]:
+    """What goes when just as many parameters go as the goal needs, to within one."""
+
+    def met(removed: Sequence[Tensor]) -> bool:
+        return goal.met([group.units.count - len(gone) for group, gone in zip(groups, removed, strict=True)])
+
+    enough = spend(most)
+    if not met(enough):
+        raise RecipeError(
+            f"a budget of {goal.limit:,.6g} {goal.unit} with the spread {method.spread}",
+            "one that it reaches before a block has nothing left",
+            "-O spread=global, or raise --budget",
+        )
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        removed = spend(middle)
+        if met(removed):
+            high, enough = middle, removed
+        else:
+            low = middle
+    return enough
+
+
+def _least_loss(groups: Sequence[Scored], goal: Goal, method: StructureMethod) -> list[Tensor]:
+    """The units whose loss is least among all that meet the goal (structured-baselines, 5.7)."""
+    levels = [_levels(group.units, method) for group in groups]
+    curves = loss_curves(groups, method)
+    losses = [
+        curve[group.units.count - at].numpy() for curve, group, at in zip(curves, groups, levels, strict=True)
+    ]
+    costs = [cost[at].numpy() for cost, at in zip(goal.costs, levels, strict=True)]
+    chosen = least_loss(losses, costs, goal.limit - goal.rest)
+    pairs = zip(groups, levels, chosen, strict=True)
+    return lowest(groups, [group.units.count - int(at[level]) for group, at, level in pairs])
+
+
+def _levels(units: Units, method: StructureMethod) -> Tensor:
+    """How many units a group may keep, all first."""
+    import torch
+
+    floor, step = floor_of(units, method), step_of(units, method)
+    return torch.tensor([units.count, *reversed(range(floor, units.count, step))])
+
+
+def loss_curves(groups: Sequence[Scored], method: StructureMethod) -> list[Tensor]:
+    """For each group (count + 1,) float64: the loss when its r lowest units go, r from 0 on.
+
+    Scores that are no losses count once a parameter, above the smallest of all: with parameters as cost this
+    ranks units as the spread `global` does.
+    """
+    import torch
+
+    if method.losses:
+        units = [group.scores.double().sort().values for group in groups]
     else:
-        budgets = [sparsity * size for size in sizes]
-        if method.spread == "sigmoid":
-            assert angles is not None
-            budgets = _by_angle(groups, budget, angles.double(), method.sharpness)
-        removed = _lowest(groups, _spread(groups, budgets, method))
-    _check_reached(groups, removed, sparsity, sum(sizes), method)
-    return [group.units.others(gone) for gone, group in zip(removed, groups, strict=True)]
+        shown = [_comparable(group.scores, method) for group in groups]
+        least = min(float(scores.min()) for scores in shown)
+        units = [
+            (scores.sort().values - least) * group.units.parameters
+            for scores, group in zip(shown, groups, strict=True)
+        ]
+    start = torch.zeros(1, dtype=torch.float64)
+    return [torch.cat([start, own if method.losses == "total" else own.cumsum(0)]) for own in units]
 
 
 def _check_reached(
@@ -92,8 +220,20 @@ def _check_reached(
     )
 
 
-def _removable(units: Units, method: StructureMethod) -> int:
-    return max(0, units.count - method.min_keep)
+def step_of(units: Units, method: StructureMethod) -> int:
+    """Widths are multiples of this."""
+    return method.round_to if units.kind.endswith("ffn") else 1
+
+
+def floor_of(units: Units, method: StructureMethod) -> int:
+    """The fewest units that stay."""
+    step = step_of(units, method)
+    return min(step * math.ceil(method.min_keep / step), units.count)
+
+
+def removable(units: Units, method: StructureMethod) -> int:
+    """The most units that go."""
+    return units.count - floor_of(units, method)
 
 
 def _by_angle(groups: Sequence[Scored], budget: float, angles: Tensor, sharpness: float) -> list[float]:
@@ -129,12 +269,13 @@ def _spread(groups: Sequence[Scored], budgets: Sequence[float], method: Structur
 
 
 def _rounded(units: Units, share: float, method: StructureMethod) -> int:
-    step = method.round_to if units.kind.endswith("ffn") else 1
-    kept = step * max(1, round((units.count - share) / step))
-    return min(max(units.count - kept, 0), _removable(units, method))
+    step = step_of(units, method)
+    kept = step * round((units.count - share) / step)
+    return min(max(units.count - kept, 0), removable(units, method))
 
 
-def _lowest(groups: Sequence[Scored], counts: Sequence[int]) -> list[Tensor]:
+def lowest(groups: Sequence[Scored], counts: Sequence[int]) -> list[Tensor]:
+    """So many of the units with the smallest scores of each group; ties go by position."""
     return [group.scores.argsort(stable=True)[:count] for group, count in zip(groups, counts, strict=True)]
 
 
@@ -143,7 +284,7 @@ def _ranked(groups: Sequence[Scored], budget: float, method: StructureMethod) ->
     import torch
 
     candidates = [
-        group.scores.argsort(stable=True)[: _removable(group.units, method)].sort().values for group in groups
+        group.scores.argsort(stable=True)[: removable(group.units, method)].sort().values for group in groups
     ]
     scores = torch.cat(
         [_comparable(group.scores, method)[chosen] for group, chosen in zip(groups, candidates, strict=True)]

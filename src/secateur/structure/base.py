@@ -21,6 +21,7 @@ __all__ = [
     "BlockStates",
     "Compensation",
     "DepthMethod",
+    "Losses",
     "Spread",
     "StructureMethod",
     "UnitProblem",
@@ -28,7 +29,8 @@ __all__ = [
 ]
 
 Compensation = Literal["none", "bias", "least_squares"]
-Spread = Literal["uniform", "global", "sigmoid"]
+Spread = Literal["uniform", "global", "sigmoid", "knapsack"]
+Losses = Literal["", "each", "total"]
 Targets = Literal["all", "ffn", "heads"]
 
 
@@ -58,17 +60,24 @@ class StructureMethod(Method):
 
     Class variables:
         comparable: scores of different blocks and kinds mean the same and need not be standardised.
+        losses: what scores are to the spread `knapsack`. `each`: a loss of its own, and losses add up; `total`:
+            the loss of all units up to this one; empty: an importance, which counts once a parameter.
     """
 
     family: ClassVar[str] = "structure"
     removes: ClassVar[str] = "attention heads with their key-value head, and feed-forward channels"
     effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
     comparable: ClassVar[bool] = False
+    losses: ClassVar[Losses] = ""
 
     spread: Spread = Field(
         "uniform",
         description="uniform: the same share everywhere; global: one ranking of all units; "
-        "sigmoid: more where a block turns the hidden state little",
+        "sigmoid: more where a block turns the hidden state little; knapsack: the least loss that meets the "
+        "budget",
+    )
+    uniform: bool = Field(
+        False, description="take the nearest plan in which all blocks are alike, as stock classes need"
     )
     targets: Targets = Field("all", description="all, feed-forward channels alone, or heads alone")
     compensate: Compensation = Field(

@@ -29,7 +29,9 @@ class Flap(StructureMethod):
 
     comparable: ClassVar[bool] = True
 
-    spread: Spread = Field("global", description="global: AL-AM of the paper; uniform: UL-UM")
+    spread: Spread = Field(
+        "global", description="global: AL-AM of the paper; uniform: UL-UM; also sigmoid, knapsack"
+    )
     metric: Literal["wifv", "wifn", "ifv"] = Field(
         "wifv", description="variance times squared weights, mean weight times norm, or variance alone"
     )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.core.method import Paper
 from secateur.core.statistics import Statistic
-from secateur.structure.base import Compensation, StructureMethod, UnitProblem, register
+from secateur.structure.base import Compensation, Losses, StructureMethod, UnitProblem, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ class Osscar(StructureMethod):
         "2403.12983",
     )
     needs: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+    losses: ClassVar[Losses] = "total"
 
     compensate: Compensation = Field(
         "least_squares", description="none, bias (mean output) or least_squares (refit on what stays)"
