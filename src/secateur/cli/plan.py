@@ -57,7 +57,8 @@ def plan(
     """Show bytes, peak memory and time of a run before a weight is read, and whether it will be faster."""
     given = {
         "model": model, "method": method, "sparsity": sparsity, "budget": budget, "pattern": pattern,
-        "allocation": allocation, "scores": scores, "plan": plan_file, "options": parse_options(option), "allocation_options": parse_options(allocation_option),
+        "allocation": allocation, "scores": scores, "plan": plan_file,
+        "options": parse_options(option), "allocation_options": parse_options(allocation_option),
         "calibration": {"samples": samples, "length": length}, "device": device, "dtype": dtype,
     }  # fmt: skip
     recipes = build_recipes(given, recipe)

@@ -31,8 +31,8 @@ Sparsity = Annotated[float | None, Parameter(help="fraction of the prunable para
 BudgetText = Annotated[
     str | None,
     Parameter(
-        help="instead of --sparsity, for methods that remove heads and channels: parameters=1.2M or bytes=900MB "
-        "of the whole model, embeddings included, or decode=12ms a token; or a share, such as decode=0.8x"
+        help="instead of --sparsity, where heads and channels go: parameters=1.2M or bytes=900MB of the "
+        "whole model, embeddings included, or decode=12ms a token; or a share of the dense model: decode=0.8x"
     ),
 ]
 ScoresFile = Annotated[
@@ -87,7 +87,8 @@ def prune(
     """
     given = {
         "model": model, "method": method, "sparsity": sparsity, "budget": budget, "pattern": pattern,
-        "allocation": allocation, "plan": plan, "options": parse_options(option), "allocation_options": parse_options(allocation_option),
+        "allocation": allocation, "plan": plan,
+        "options": parse_options(option), "allocation_options": parse_options(allocation_option),
         "calibration": {
             "source": calibration, "samples": samples, "length": length, "column": column,
             "batch_size": batch_size,

@@ -117,8 +117,8 @@ def _nearest(uniform: Mapping[str, Any] | None) -> Rows:
     return [
         (
             "nearest uniform plan",
-            f"{widths} in every block, {count(uniform['parameters'])}, {size(uniform['bytes'])}, loads in {kind}; "
-            f"loses {percent(uniform['extra_loss'])} more of the scores (-O uniform=true)",
+            f"{widths} in every block, {count(uniform['parameters'])}, {size(uniform['bytes'])}; "
+            f"loads in {kind}; loses {percent(uniform['extra_loss'])} more of the scores (-O uniform=true)",
         )
     ]
 

@@ -27,13 +27,14 @@ from secateur.pipeline.result import Result
 from secateur.structure.allocation import floor_of
 from secateur.structure.base import StructureMethod
 from secateur.structure.goal import Goal
+from secateur.structure.units import Units
 
-__all__ = ["DECODE", "DecodeTable", "measure_decode"]
+__all__ = ["DECODE", "DecodeTable", "measure_decode", "rising"]
 
 DECODE = "decode.json"
-SHARES = (0.75, 0.5, 0.25, 0.0)
-REPEATS = 5
-PROMPT_TOKENS, NEW_TOKENS = 32, 16
+SHARES = (0.75, 0.5, 0.0)
+REPEATS = 7
+PROMPT_TOKENS, NEW_TOKENS = 16, 8
 FILL = 0.01
 MEMORY_FRACTION = 0.4
 
@@ -73,9 +74,8 @@ class DecodeTable:
     def _spent(self, kind: str) -> tuple[Sequence[float], Sequence[float]]:
         """Shares, rising, and what of a dense step goes to the units of the kind at each."""
         points = sorted([*map(tuple, self.points[kind]), (1.0, 1.0)])
-        shares = [share for share, _ in points]
-        times = np.maximum.accumulate(np.minimum([time for _, time in points], 1.0))
-        return shares, list(times - times[0])
+        times = rising([time for _, time in points])
+        return [share for share, _ in points], [time - times[0] for time in times]
 
     @classmethod
     def load(cls, path: Path) -> DecodeTable:
@@ -105,8 +105,8 @@ def measure_decode(
 ) -> DecodeTable:
     """Time the dense model against copies with fewer heads, then fewer channels, in every block.
 
-    A copy is built from its configuration, with constant weights; each runs in turn with the dense model after
-    a warm-up, and the median of their ratios counts.
+    A copy is built from its configuration, with constant weights; each runs in turn with the dense model
+    after a warm-up, and the median of their ratios counts.
 
     Raises:
         RecipeError: a model of which two do not fit into memory.
@@ -118,13 +118,12 @@ def measure_decode(
             "a model of which two fit into memory, to be timed",
             "use --budget bytes=...",
         )
-    kinds = list(dict.fromkeys(units.kind for _, units in groups))
+    steps = _steps(groups, method)
     dense, times = opened.load(dtype, device), []
-    points: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-    with progress.task("timing narrower copies of the model", len(kinds) * len(SHARES)) as task:
-        for kind in kinds:
-            for share in SHARES:
-                kept = [_kept(group, kind, share, method) for group in groups]
+    points: dict[str, list[tuple[float, float]]] = {}
+    with progress.task("timing narrower copies of the model", sum(map(len, steps.values()))) as task:
+        for kind, plans in steps.items():
+            for share, kept in plans.items():
                 narrow = _narrow(Result.of(opened, groups, kept, biases), device, dtype)
                 speed = compare_speed(
                     narrow, dense, batch_sizes=(1,), repeats=REPEATS, prompt_tokens=PROMPT_TOKENS,
@@ -132,15 +131,36 @@ def measure_decode(
                 )  # fmt: skip
                 ratio = next(row.ratio for row in speed.ratios if row.phase == "decode")
                 times.append(1000 / speed.b.decode(1))
-                points[kind].append((_share(groups, kept, kind), 1 / ratio))
+                points.setdefault(kind, []).append((share, 1 / ratio))
                 task.advance()
     return DecodeTable(statistics.median(times), points)
 
 
-def _kept(group: Member, kind: str, share: float, method: StructureMethod) -> Tensor:
-    units = group[1]
-    whole = share if units.kind == kind else 1.0
-    return torch.arange(max(floor_of(units, method), round(whole * units.count)))
+def rising(values: Sequence[float]) -> list[float]:
+    """The rising sequence nearest to a noisy one: neighbours out of order share their mean."""
+    runs: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while runs and runs[-1][0] > mean:
+            before, many = runs.pop()
+            mean, count = (before * many + mean * count) / (many + count), many + count
+        runs.append((mean, count))
+    return [mean for mean, count in runs for _ in range(count)]
+
+
+def _steps(groups: Sequence[Member], method: StructureMethod) -> dict[str, dict[float, list[Tensor]]]:
+    """For each kind of unit, by the share that stays of it, what every group keeps."""
+    steps: dict[str, dict[float, list[Tensor]]] = {}
+    for kind in dict.fromkeys(units.kind for _, units in groups):
+        plans = [[_kept(units, units.kind == kind, share, method) for _, units in groups] for share in SHARES]
+        narrower = {_share(groups, kept, kind): kept for kept in plans}
+        steps[kind] = {share: kept for share, kept in narrower.items() if share < 1}
+    return steps
+
+
+def _kept(units: Units, narrow: bool, share: float, method: StructureMethod) -> Tensor:
+    count = round(share * units.count) if narrow else units.count
+    return torch.arange(max(floor_of(units, method), count))
 
 
 def _share(groups: Sequence[Member], kept: Sequence[Tensor], kind: str) -> float:

@@ -65,7 +65,7 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
         "model": recipe.model,
         "method": recipe.method,
         "pattern": recipe.pattern,
-        "allocation": recipe.allocation,
+        "allocation": getattr(method, "spread", recipe.allocation),
         "parameters_before": opened.checkpoint.parameters,
         "bytes_before": opened.checkpoint.nbytes,
         **_outcome(opened, recipe, method),

@@ -55,7 +55,10 @@ class Result:
 
     @cached_property
     def config_updates(self) -> dict[str, Any]:
-        """Keys of config.json that change. Raises `AnatomyError`: sizes that no class of this family can have."""
+        """Keys of config.json that change.
+
+        Raises `AnatomyError` for sizes that no class of this family can have.
+        """
         anatomy = self.opened.anatomy
         config = self.opened.checkpoint.config
         return resized_config(config, anatomy, self.sizes, self._shapes(), self.biases)

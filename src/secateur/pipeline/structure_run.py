@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,12 +23,17 @@ from secateur.pipeline.result import Result, new_biases
 from secateur.pipeline.state import PLAN, SCORES, Outcome, Run
 from secateur.pipeline.watching import BlockWatch
 from secateur.recipe import Recipe
+from secateur.report.model import Uniform
+from secateur.report.structure import nearest_words
 from secateur.structure.base import StructureMethod, UnitProblem
 from secateur.structure.units import producers
 
 __all__ = ["check_structure", "decode_table", "given_scores", "prune_structure"]
 
-UNEQUAL = "Blocks differ in size: load it after `import secateur`, or with trust_remote_code=True."
+UNEQUAL = (
+    "Blocks differ in size, or have biases that the stock class lacks: load it after `import secateur`, or "
+    "with trust_remote_code=True."
+)
 
 
 def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> None:
@@ -83,6 +89,7 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     origin = {"origin": json.dumps(_origin(run.opened, method))}  # one key: several come in any order
     scores = save({name: tensor.contiguous() for name, tensor in found.items()}, origin)
     plan = planned.stored(run.recipe, run.data.calibration.sha256)
+    facts = planned.facts()
     return Outcome(
         layers=layers,
         blocks=rows,
@@ -90,9 +97,15 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
         requested=planned.sparsity,
         config_updates=planned.result.config_updates,
         files={PLAN: plan.dumps(), **({} if run.recipe.plan else {SCORES: scores})},
-        warnings=[] if planned.result.stock else [UNEQUAL],
-        structure=planned.facts(),
+        warnings=_warnings(facts),
+        structure=facts,
     )
+
+
+def _warnings(facts: dict[str, Any]) -> list[str]:
+    """How to load what no stock class can be, and what it would cost that one could."""
+    nearest = [nearest_words(Uniform.model_validate(facts["uniform"]))] if facts["uniform"] else []
+    return [] if facts["stock"] else [UNEQUAL, *nearest]
 
 
 def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:

@@ -136,8 +136,8 @@ class Budget(_Part):
 class Uniform(_Part):
     """The plan with all blocks alike that is nearest to the one that was taken.
 
-    `score_lost` is the sum of the scores that go (see docs/structured-pruning.md), `score_lost_unequal` that of
-    the plan that was taken, `extra_loss` their difference as a fraction of the latter.
+    `score_lost` is the sum of the scores that go (see docs/structured-pruning.md), `score_lost_unequal` that
+    of the plan that was taken, `extra_loss` their difference as a fraction of the latter.
     """
 
     units_a_block: dict[str, int]

@@ -73,8 +73,8 @@ def allocate(
         if budget > most:
             raise RecipeError(
                 f"sparsity {sparsity:g}",
-                f"at most {most / sum(sizes):.3f}: the rest is norms and the {method.min_keep} unit(s) of each "
-                "kind that a block keeps",
+                f"at most {most / sum(sizes):.3f}: the rest is norms and the {method.min_keep} unit(s) of "
+                "each kind that a block keeps",
                 "lower --sparsity or min_keep",
             )
         removed = spend(budget)
@@ -116,7 +116,7 @@ def _parameters_left(groups: Sequence[Scored], budget: float, method: StructureM
     floors = sum(
         float(cost[floor_of(group.units, method)]) for cost, group in zip(costs, groups, strict=True)
     )
-    return Goal("parameters", max(whole - budget + slack, floors), 0.0, costs)
+    return Goal("parameters", max(whole - int(budget) + slack, floors), 0.0, costs)
 
 
 def _check_reachable(goal: Goal, floors: Sequence[int], method: StructureMethod) -> None:
@@ -124,8 +124,8 @@ def _check_reachable(goal: Goal, floors: Sequence[int], method: StructureMethod)
     if least > goal.limit:
         raise RecipeError(
             f"a budget of {goal.limit:,.6g} {goal.unit}",
-            f"at least {least:,.6g}: what is outside the blocks, norms, and the {method.min_keep} unit(s) of each "
-            "kind that a block keeps",
+            f"at least {least:,.6g}: what is outside the blocks, norms, and the {method.min_keep} unit(s) of "
+            "each kind that a block keeps",
             "raise --budget, or lower min_keep",
         )
 

@@ -60,8 +60,8 @@ class StructureMethod(Method):
 
     Class variables:
         comparable: scores of different blocks and kinds mean the same and need not be standardised.
-        losses: what scores are to the spread `knapsack`. `each`: a loss of its own, and losses add up; `total`:
-            the loss of all units up to this one; empty: an importance, which counts once a parameter.
+        losses: what scores are to the spread `knapsack`. `each`: a loss of its own, and losses add up;
+            `total`: the loss of all units up to this one; empty: an importance, counted once a parameter.
     """
 
     family: ClassVar[str] = "structure"

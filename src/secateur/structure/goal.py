@@ -1,5 +1,5 @@
-"""What a plan must come down to: parameters, bytes or milliseconds of the whole model, as a cost of every kind
-of unit at every width."""
+"""What a plan must come down to: parameters, bytes or milliseconds of the whole model, as what every kind of
+unit costs at every width."""
 
 from __future__ import annotations
 
