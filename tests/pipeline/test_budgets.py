@@ -284,7 +284,7 @@ def test_widths_are_really_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -
         opened, method, groups_of(opened, method), [], cpu, torch.float32, SILENT
     )
     assert table.milliseconds > 0
-    assert [share for share, _ in table.points["kv_groups"]] == [1.0, 0.5]
+    assert [share for share, _ in table.points["kv_groups"]] == [0.5]
     assert [share for share, _ in table.points["ffn"]] == [0.75, 0.5, pytest.approx(1 / 96)]
     assert DecodeTable.load(_saved(table, opened.folder.parent / "decode.json")).points.keys() == {
         "kv_groups",

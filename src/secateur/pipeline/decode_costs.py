@@ -120,7 +120,7 @@ def measure_decode(
         )
     steps = _steps(groups, method)
     dense, times = opened.load(dtype, device), []
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, list[tuple[float, float]]] = {kind: [] for kind in steps}
     with progress.task("timing narrower copies of the model", sum(map(len, steps.values()))) as task:
         for kind, plans in steps.items():
             for share, kept in plans.items():
@@ -131,7 +131,7 @@ def measure_decode(
                 )  # fmt: skip
                 ratio = next(row.ratio for row in speed.ratios if row.phase == "decode")
                 times.append(1000 / speed.b.decode(1))
-                points.setdefault(kind, []).append((share, 1 / ratio))
+                points[kind].append((share, 1 / ratio))
                 task.advance()
     return DecodeTable(statistics.median(times), points)
 

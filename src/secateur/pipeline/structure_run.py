@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import InputError
 from secateur.core.progress import Progress
+from secateur.core.statistics import InputStatistics
 from secateur.pipeline.cutting import Choice, Cutter
 from secateur.pipeline.decode_costs import DECODE, DecodeTable, measure_decode
 from secateur.pipeline.draft import draft, groups_of
@@ -113,15 +114,14 @@ def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     given, or left by the run that was interrupted."""
     if run.recipe.scores is not None:
         return given_scores(run.opened, method, Path(run.recipe.scores))
-    if run.recipe.plan is not None and method.compensate != "bias":
-        return {}
+    if run.recipe.plan is not None:
+        return run.remembered(lambda: _means(run, method)) if method.compensate == "bias" else {}
     return run.remembered(lambda: _score(run, method))
 
 
 def _score(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    turns = method.spread == "sigmoid" and run.recipe.plan is None
-    driver, watch = run.driver(), BlockWatch() if turns else None
+    driver, watch = run.driver(), BlockWatch() if method.spread == "sigmoid" else None
     blocks = driver.blocks(forward=bool(method.statistics or watch), outputs=watch is not None)
     with run.progress.task(f"scoring with {method.id}", len(run.opened.anatomy.blocks)) as task:
         for opened in blocks:
@@ -133,6 +133,26 @@ def _score(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     if watch:
         found["turns"] = watch.states(run.group)["turns"]
     return found
+
+
+def _means(run: Run, method: StructureMethod) -> dict[str, Tensor]:
+    """Mean inputs alone: biases are made of them, and a plan does not hold them."""
+    found: dict[str, Tensor] = {}
+    with run.progress.task("observing what goes", len(run.opened.anatomy.blocks)) as task:
+        for opened in run.driver().blocks(outputs=False):
+            kinds = method.units(opened.block)
+            sites = {units.writer.input for units in kinds}
+            observed = opened.observe({"mean"}, sites=sites, record_output=False)
+            for units in kinds:
+                found[f"{opened.index}.{units.kind}.mean"] = _mean(statistics_of(units.writer, observed))
+            opened.finish()
+            task.advance()
+    return found
+
+
+def _mean(inputs: InputStatistics) -> Tensor:
+    assert inputs.mean is not None
+    return (inputs.mean / max(inputs.tokens, 1)).cpu()
 
 
 def _origin(opened: Opened, method: StructureMethod) -> dict[str, str]:
@@ -167,8 +187,7 @@ def _needed(opened: Opened, method: StructureMethod) -> list[str]:
 
 
 def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[str, Tensor]:
-    planned = run.recipe.plan is not None  # then only the means of what goes are missing
-    needs, kinds = frozenset({"mean"}) if planned else method.statistics, method.units(opened.block)
+    needs, kinds = method.statistics, method.units(opened.block)
     sites = {units.writer.input for units in kinds}
     observed = opened.observe(needs, sites=sites, record_output=False) if needs else {}
     found: dict[str, Tensor] = {}
@@ -184,8 +203,7 @@ def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[s
             generator_for(run.recipe.seed, name),
             producers(opened.block, opened.parameters, units),
         )
-        if not planned:
-            found[name] = method.score(problem).float().cpu()
+        found[name] = method.score(problem).float().cpu()
         if inputs.mean is not None:
-            found[f"{name}.mean"] = (inputs.mean / max(inputs.tokens, 1)).cpu()
+            found[f"{name}.mean"] = _mean(inputs)
     return found
