@@ -13,9 +13,10 @@ from tiny_models import tiny_model
 
 from secateur.anatomy.resolve import resolve
 from secateur.core.errors import RecipeError
-from secateur.structure.allocation import Scored, allocate, loss_curves
+from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import Losses, StructureMethod
 from secateur.structure.goal import Goal
+from secateur.structure.knapsack import loss_curves
 from secateur.structure.nearest import nearest_uniform
 from secateur.structure.units import units_of
 from secateur.structure.wanda_structure import WandaStructure

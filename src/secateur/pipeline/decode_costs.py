@@ -24,9 +24,9 @@ from secateur.evaluation.speed import compare_speed
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.result import Group as Member
 from secateur.pipeline.result import Result
-from secateur.structure.allocation import floor_of
 from secateur.structure.base import StructureMethod
 from secateur.structure.goal import Goal
+from secateur.structure.groups import floor_of
 from secateur.structure.units import Units
 
 __all__ = ["DECODE", "DecodeTable", "measure_decode", "rising"]

@@ -17,9 +17,11 @@ from secateur.pipeline.decode_costs import DecodeTable
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.result import Group, Result, added_by, element_bytes, new_biases, unit_bytes
 from secateur.recipe import Recipe
-from secateur.structure.allocation import Scored, allocate, floor_of, loss_curves
+from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod
 from secateur.structure.goal import Goal
+from secateur.structure.groups import floor_of
+from secateur.structure.knapsack import loss_curves
 from secateur.structure.nearest import Widths, nearest_uniform
 from secateur.structure.units import Units
 

@@ -6,32 +6,22 @@ Counts are exact: what is removed meets the budget to within the cheapest unit, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from secateur.core.errors import RecipeError
-from secateur.core.knapsack import least_loss
 from secateur.structure.base import StructureMethod
 from secateur.structure.goal import Goal
+from secateur.structure.groups import Scored, comparable, floor_of, lowest, removable, step_of
+from secateur.structure.knapsack import fewest_losses, parameters_left
 from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Scored", "allocate", "floor_of", "loss_curves", "lowest", "removable", "step_of"]
+__all__ = ["Scored", "allocate"]
 
 TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The units of one kind in one block with their importance, (count,)."""
-
-    block: int
-    units: Units
-    scores: Tensor
 
 
 def allocate(
@@ -58,18 +48,13 @@ def allocate(
     Raises:
         RecipeError: more than can be removed, or no share of heads and channels comes near.
     """
-    most = sum(removable(group.units, method) * group.units.parameters for group in groups)
 
     def spend(budget: float) -> list[Tensor]:
         return _spent(groups, sizes, budget, method, angles)
 
-    if goal is not None:
-        counts = [floor_of(group.units, method) for group in groups]
-        _check_reachable(goal, counts, method)
-        removed = _least_loss(groups, goal, method) if method.spread == "knapsack" else None
-        removed = removed or _least_spent(groups, goal, spend, most, method)
-    else:
+    if goal is None:
         budget = sparsity * sum(sizes)
+        most = sum(removable(group.units, method) * group.units.parameters for group in groups)
         if budget > most:
             raise RecipeError(
                 f"sparsity {sparsity:g}",
@@ -79,6 +64,12 @@ def allocate(
             )
         removed = spend(budget)
         _check_reached(groups, removed, sparsity, sum(sizes), method)
+    else:
+        _check_reachable(goal, [floor_of(group.units, method) for group in groups], method)
+        if method.spread == "knapsack":
+            removed = fewest_losses(groups, goal, method)
+        else:
+            removed = _least_spent(groups, goal, spend, sum(sizes))
     return [group.units.others(gone) for gone, group in zip(removed, groups, strict=True)]
 
 
@@ -95,28 +86,13 @@ def _spent(
         pairs = zip(groups, removed, strict=True)
         return lowest(groups, [_rounded(group.units, len(gone), method) for group, gone in pairs])
     if method.spread == "knapsack":
-        return _least_loss(groups, _parameters_left(groups, budget, method), method)
+        return fewest_losses(groups, parameters_left(groups, budget, method), method)
     share = budget / sum(sizes)
     budgets = [share * size for size in sizes]
     if method.spread == "sigmoid":
         assert angles is not None
         budgets = _by_angle(groups, budget, angles.double(), method.sharpness)
     return lowest(groups, _spread(groups, budgets, method))
-
-
-def _parameters_left(groups: Sequence[Scored], budget: float, method: StructureMethod) -> Goal:
-    """The budget to within the cheapest unit, as a limit on what stays."""
-    import torch
-
-    costs = [
-        torch.arange(group.units.count + 1, dtype=torch.float64) * group.units.parameters for group in groups
-    ]
-    whole = sum(float(cost[-1]) for cost in costs)
-    slack = min(group.units.parameters * step_of(group.units, method) for group in groups) - 1
-    floors = sum(
-        float(cost[floor_of(group.units, method)]) for cost, group in zip(costs, groups, strict=True)
-    )
-    return Goal("parameters", max(whole - int(budget) + slack, floors), 0.0, costs)
 
 
 def _check_reachable(goal: Goal, floors: Sequence[int], method: StructureMethod) -> None:
@@ -131,24 +107,15 @@ def _check_reachable(goal: Goal, floors: Sequence[int], method: StructureMethod)
 
 
 def _least_spent(
-    groups: Sequence[Scored],
-    goal: Goal,
-    spend: Callable[[float], list[Tensor]],
-    most: int,
-    method: StructureMethod,
+    groups: Sequence[Scored], goal: Goal, spend: Callable[[float], list[Tensor]], most: int
 ) -> list[Tensor]:
-    """What goes when just as many parameters go as the goal needs, to within one."""
+    """What goes when just as many parameters are to go as the goal needs; at `most` every group is at its
+    floor."""
 
     def met(removed: Sequence[Tensor]) -> bool:
         return goal.met([group.units.count - len(gone) for group, gone in zip(groups, removed, strict=True)])
 
     enough = spend(most)
-    if not met(enough):
-        raise RecipeError(
-            f"a budget of {goal.limit:,.6g} {goal.unit} with the spread {method.spread}",
-            "one that it reaches before a block has nothing left",
-            "-O spread=global, or raise --budget",
-        )
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
@@ -158,48 +125,6 @@ def _least_spent(
         else:
             low = middle
     return enough
-
-
-def _least_loss(groups: Sequence[Scored], goal: Goal, method: StructureMethod) -> list[Tensor]:
-    """The units whose loss is least among all that meet the goal (structured-baselines, 5.7)."""
-    levels = [_levels(group.units, method) for group in groups]
-    curves = loss_curves(groups, method)
-    losses = [
-        curve[group.units.count - at].numpy() for curve, group, at in zip(curves, groups, levels, strict=True)
-    ]
-    costs = [cost[at].numpy() for cost, at in zip(goal.costs, levels, strict=True)]
-    chosen = least_loss(losses, costs, goal.limit - goal.rest)
-    pairs = zip(groups, levels, chosen, strict=True)
-    return lowest(groups, [group.units.count - int(at[level]) for group, at, level in pairs])
-
-
-def _levels(units: Units, method: StructureMethod) -> Tensor:
-    """How many units a group may keep, all first."""
-    import torch
-
-    floor, step = floor_of(units, method), step_of(units, method)
-    return torch.tensor([units.count, *reversed(range(floor, units.count, step))])
-
-
-def loss_curves(groups: Sequence[Scored], method: StructureMethod) -> list[Tensor]:
-    """For each group (count + 1,) float64: the loss when its r lowest units go, r from 0 on.
-
-    Scores that are no losses count once a parameter, above the smallest of all: with parameters as cost this
-    ranks units as the spread `global` does.
-    """
-    import torch
-
-    if method.losses:
-        units = [group.scores.double().sort().values for group in groups]
-    else:
-        shown = [_comparable(group.scores, method) for group in groups]
-        least = min(float(scores.min()) for scores in shown)
-        units = [
-            (scores.sort().values - least) * group.units.parameters
-            for scores, group in zip(shown, groups, strict=True)
-        ]
-    start = torch.zeros(1, dtype=torch.float64)
-    return [torch.cat([start, own if method.losses == "total" else own.cumsum(0)]) for own in units]
 
 
 def _check_reached(
@@ -218,22 +143,6 @@ def _check_reached(
         f"a share that whole heads make: {', '.join(f'{share:.3f}' for share in others if share > 0)}",
         "choose one of these, or add channels: -O targets=all",
     )
-
-
-def step_of(units: Units, method: StructureMethod) -> int:
-    """Widths are multiples of this."""
-    return method.round_to if units.kind.endswith("ffn") else 1
-
-
-def floor_of(units: Units, method: StructureMethod) -> int:
-    """The fewest units that stay."""
-    step = step_of(units, method)
-    return min(step * math.ceil(method.min_keep / step), units.count)
-
-
-def removable(units: Units, method: StructureMethod) -> int:
-    """The most units that go."""
-    return units.count - floor_of(units, method)
 
 
 def _by_angle(groups: Sequence[Scored], budget: float, angles: Tensor, sharpness: float) -> list[float]:
@@ -274,11 +183,6 @@ def _rounded(units: Units, share: float, method: StructureMethod) -> int:
     return min(max(units.count - kept, 0), removable(units, method))
 
 
-def lowest(groups: Sequence[Scored], counts: Sequence[int]) -> list[Tensor]:
-    """So many of the units with the smallest scores of each group; ties go by position."""
-    return [group.scores.argsort(stable=True)[:count] for group, count in zip(groups, counts, strict=True)]
-
-
 def _ranked(groups: Sequence[Scored], budget: float, method: StructureMethod) -> list[Tensor]:
     """The lowest of all units whose parameters fit into the budget."""
     import torch
@@ -287,7 +191,7 @@ def _ranked(groups: Sequence[Scored], budget: float, method: StructureMethod) ->
         group.scores.argsort(stable=True)[: removable(group.units, method)].sort().values for group in groups
     ]
     scores = torch.cat(
-        [_comparable(group.scores, method)[chosen] for group, chosen in zip(groups, candidates, strict=True)]
+        [comparable(group.scores, method)[chosen] for group, chosen in zip(groups, candidates, strict=True)]
     )
     owner = torch.cat([torch.full_like(chosen, number) for number, chosen in enumerate(candidates)])
     costs = torch.tensor([group.units.parameters for group in groups])[owner]
@@ -302,11 +206,3 @@ def _ranked(groups: Sequence[Scored], budget: float, method: StructureMethod) ->
         order = order[costs[order] <= left]
     positions = torch.cat(candidates)
     return [positions[taken & (owner == number)] for number in range(len(groups))]
-
-
-def _comparable(scores: Tensor, method: StructureMethod) -> Tensor:
-    scores = scores.double()
-    if method.comparable:
-        return scores
-    spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
-    return (scores - scores.mean()) / spread if float(spread) > 0 else scores * 0

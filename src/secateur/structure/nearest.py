@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
-from secateur.structure.allocation import Scored, floor_of, lowest, step_of
 from secateur.structure.base import StructureMethod
 from secateur.structure.goal import Goal
+from secateur.structure.groups import Scored, floor_of, lowest, step_of
 
 if TYPE_CHECKING:
     from torch import Tensor
