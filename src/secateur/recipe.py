@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from secateur.core.budget import Target
 from secateur.core.errors import InputError, RecipeError, did_you_mean
-from secateur.core.method import METHODS
+from secateur.core.method import METHODS, Method
 from secateur.core.pattern import Pattern
+from secateur.core.plan import Plan
 
 if TYPE_CHECKING:
     from secateur.recovery.base import RecoveryMethod
@@ -76,24 +78,43 @@ class Recipe(Job):
     Attributes:
         method: id of a method (`secateur methods`).
         sparsity: fraction of the prunable parameters to remove; may be left out with an N:M pattern.
+        budget: what the whole model comes down to instead: `parameters=1.2M`, `bytes=900MB`, `decode=0.8x`.
         pattern: `unstructured`, `row`, `matrix`, `global` or `N:M`.
         allocation: how the budget is spread over the blocks.
         options: options of the method.
         allocation_options: options of the allocation.
-        scores: `scores.safetensors` of an earlier structured run on this model.
+        scores: `scores.safetensors` of an earlier structured run on this model, to plan from.
+        plan: file of a plan to apply, which also says the method and its options.
     """
 
     method: str
     sparsity: float | None = None
+    budget: str | None = None
     pattern: str = "unstructured"
     allocation: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
     allocation_options: dict[str, Any] = Field(default_factory=dict)
     scores: str | None = None
+    plan: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_planned(cls, values: Any) -> Any:
+        """A plan says the method and the options that are not given."""
+        if not isinstance(values, dict) or not values.get("plan"):
+            return values
+        plan = Plan.load(values["plan"])
+        options = {**plan.options, **(values.get("options") or {})}
+        return {**values, "method": values.get("method") or plan.method, "options": options}
 
     @property
     def parsed_pattern(self) -> Pattern:
         return Pattern.parse(self.pattern)
+
+    @property
+    def target(self) -> Target | None:
+        """The budget asked for. Raises `RecipeError`."""
+        return None if self.budget is None else Target.parse(self.budget)
 
     @property
     def resolved_sparsity(self) -> float:
@@ -127,8 +148,8 @@ class Recipe(Job):
         """
         from secateur.weights.allocation import ALLOCATIONS
 
-        _ = self.resolved_sparsity
         method = METHODS.get(self.method)
+        self._check_amount(method)
         method.from_options(self.options)
         ALLOCATIONS.get(self.allocation).from_options(self.allocation_options)
         if self.scores is not None and method.family != "structure":
@@ -151,6 +172,30 @@ class Recipe(Job):
                 "leave --allocation out",
             )
         return self
+
+    def _check_amount(self, method: type[Method]) -> None:
+        """Exactly one thing says how much goes."""
+        given = [name for name in ("sparsity", "budget", "plan") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RecipeError(" and ".join(given), "one of them", f"leave --{given[0]} out")
+        if self.budget is None and self.plan is None:
+            _ = self.resolved_sparsity
+            return
+        if method.family != "structure":
+            raise RecipeError(
+                f"a {given[0]} with method {self.method!r}, which removes {method.removes}",
+                "a structured method, whose result is smaller",
+                "give --sparsity, or choose a method of `secateur methods` that removes whole units",
+            )
+        _ = self.target
+        if self.plan is not None:
+            planned = Plan.load(self.plan).method
+            if planned != self.method:
+                raise RecipeError(
+                    f"method {self.method!r} with a plan of {planned!r}", "", "leave --method out"
+                )
+            if self.scores is not None:
+                raise RecipeError("scores and a plan", "one of them", "leave --scores out")
 
 
 class Recovery(BaseModel):

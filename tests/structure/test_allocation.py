@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +14,11 @@ from tiny_models import tiny_model
 from secateur.anatomy.resolve import resolve
 from secateur.core.errors import RecipeError
 from secateur.structure.allocation import Scored, allocate
-from secateur.structure.base import StructureMethod
+from secateur.structure.base import Losses, StructureMethod
 from secateur.structure.flap import Flap
+from secateur.structure.goal import Goal
+from secateur.structure.knapsack import loss_curves
+from secateur.structure.nearest import nearest_uniform
 from secateur.structure.units import units_of
 from secateur.structure.wanda_structure import WandaStructure
 
@@ -154,3 +160,134 @@ def test_rounded_widths_meet_the_budget_to_within_half_a_step(spread: str, spars
     assert all(len(stays) % 16 == 0 for stays in kept)
     step = 16 * found[0].units.parameters
     assert abs(removed(found, kept) - sparsity * sum(SIZES)) <= step / 2
+
+
+def goal_in_parameters(found: list[Scored], limit: float) -> Goal:
+    costs = [torch.arange(g.units.count + 1, dtype=torch.float64) * g.units.parameters for g in found]
+    return Goal("parameters", limit, 0.0, costs)
+
+
+def whole(found: list[Scored]) -> int:
+    return sum(group.units.count * group.units.parameters for group in found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 100),
+    st.floats(0.25, 0.97),
+    st.sampled_from(["uniform", "global", "sigmoid", "knapsack"]),
+    st.sampled_from([1, 8]),
+)
+def test_a_goal_is_never_exceeded_and_hardly_missed(
+    seed: int, share: float, spread: str, round_to: int
+) -> None:
+    found = groups(seed)
+    method = WandaStructure.from_options({"spread": spread, "round_to": round_to})
+    goal = goal_in_parameters(found, share * whole(found))
+    angles = torch.rand(len(SIZES), generator=torch.Generator().manual_seed(seed))
+    kept = allocate(found, SIZES, 0.0, method, angles, goal=goal)
+    left = whole(found) - removed(found, kept)
+    assert left <= goal.limit
+    coarsest = max(group.units.parameters * (round_to if group.units.kind == "ffn" else 1) for group in found)
+    assert goal.limit - left < coarsest * (1 if spread == "knapsack" else len(SIZES))
+    for group, stays in zip(found, kept, strict=True):
+        assert len(stays)
+        assert group.units.kind != "ffn" or len(stays) % round_to == 0
+
+
+def test_a_goal_below_the_floors_names_the_smallest_that_goes() -> None:
+    found = groups(0)
+    floors = sum(group.units.parameters for group in found)
+    with pytest.raises(RecipeError, match=f"at least {floors:,}"):
+        allocate(found, SIZES, 0.0, WandaStructure(), goal=goal_in_parameters(found, floors - 1))
+    kept = allocate(found, SIZES, 0.0, WandaStructure(), goal=goal_in_parameters(found, floors))
+    assert all(len(stays) == 1 for stays in kept)
+
+
+class Losing(WandaStructure):
+    """Scores that are losses and add up."""
+
+    losses: ClassVar[Losses] = "each"
+    comparable: ClassVar[bool] = True
+
+
+def lost(found: list[Scored], kept: list[torch.Tensor], method: StructureMethod) -> float:
+    curves = loss_curves(found, method)
+    return sum(
+        float(curve[g.units.count - len(stays)]) for curve, g, stays in zip(curves, found, kept, strict=True)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 100), st.floats(0.05, 0.8), st.sampled_from([Losing, WandaStructure]))
+def test_a_knapsack_loses_no_more_than_the_global_ranking(
+    seed: int, sparsity: float, kind: type[StructureMethod]
+) -> None:
+    found = groups(seed)
+    plans = {
+        spread: allocate(found, SIZES, sparsity, kind.from_options({"spread": spread}))
+        for spread in ("global", "knapsack")
+    }
+    cheapest = min(group.units.parameters for group in found)
+    assert removed(found, plans["knapsack"]) > sparsity * sum(SIZES) - cheapest
+    if removed(found, plans["global"]) <= sparsity * sum(SIZES) - cheapest:
+        return  # floors left the ranking short of the budget
+    losses = {spread: lost(found, kept, kind()) for spread, kept in plans.items()}
+    assert losses["knapsack"] <= losses["global"] * (1 + 1e-9)
+
+
+def test_a_knapsack_finds_the_best_of_all_plans() -> None:
+    found = groups(3)[:4]
+    method = Losing.from_options({"spread": "knapsack", "round_to": 24})
+    goal = goal_in_parameters(found, 0.6 * whole(found))
+    kept = allocate(found, SIZES[:2], 0.0, method, goal=goal)
+    widths = [
+        [*range(24, 97, 24)] if group.units.kind == "ffn" else [*range(1, group.units.count + 1)]
+        for group in found
+    ]
+    best = min(
+        sum(
+            float(group.scores.double().sort().values[: group.units.count - width].sum())
+            for group, width in zip(found, plan, strict=True)
+        )
+        for plan in product(*widths)
+        if goal.met(plan)
+    )
+    assert lost(found, kept, method) == pytest.approx(best)
+
+
+def test_scores_that_are_totals_are_not_added_up() -> None:
+    class Total(Losing):
+        losses: ClassVar[Losses] = "total"
+
+    found = [Scored(g.block, g.units, torch.arange(1.0, g.units.count + 1)) for g in groups(0)[:1]]
+    assert loss_curves(found, Total())[0].tolist() == [0, *range(1, found[0].units.count + 1)]
+    assert loss_curves(found, Losing())[0][-1] == sum(range(1, found[0].units.count + 1))
+
+
+def test_the_nearest_uniform_plan_is_uniform_as_small_and_legal() -> None:
+    found = groups(5)
+    method = WandaStructure.from_options({"spread": "global"})
+    unequal = allocate(found, SIZES, 0.35, method)
+    heads = [number for number, group in enumerate(found) if group.units.kind == "kv_groups"]
+    for legal in (1, 2):
+        kept = nearest_uniform(found, unequal, method, lambda widths, legal=legal: widths[heads[0]] == legal)
+        assert kept is not None
+        assert {len(kept[number]) for number in heads} == {legal}
+        widths = {len(stays) for number, stays in enumerate(kept) if number not in heads}
+        assert len(widths) == 1
+        assert removed(found, kept) >= removed(found, unequal)
+        channel = next(group.units.parameters for group in found if group.units.kind == "ffn")
+        if widths != {found[1].units.count}:
+            assert removed(found, kept) - removed(found, unequal) < channel * len(SIZES)
+        for group, stays in zip(found, kept, strict=True):
+            gone = group.units.others(stays)
+            if len(gone):
+                assert group.scores[gone].max() <= group.scores[stays].min()
+
+
+def test_no_uniform_plan_where_none_is_that_small() -> None:
+    found = groups(5)
+    method = WandaStructure.from_options({"spread": "global", "round_to": 64})
+    none_left = [torch.arange(0) for _ in found]
+    assert nearest_uniform(found, none_left, method, lambda widths: True) is None

@@ -84,12 +84,21 @@ def cut_shapes(block: Block, sizes: Mapping[str, int]) -> dict[str, Shape]:
     return {name: tuple(sum(map(size, axis.segments)) for axis in axes) for name, axes in block.axes.items()}
 
 
-def space_parameters(block: Block, entries: Mapping[str, int]) -> int:
-    """Parameters that go when each of these spaces loses so many entries."""
+def space_parameters(
+    block: Block, entries: Mapping[str, int], weights: Mapping[str, int] | None = None
+) -> int:
+    """Parameters that go when each of these spaces loses so many entries.
+
+    Args:
+        weights: what one element of each tensor counts, such as its bytes; by default 1.
+    """
     segments = (segment for axes in block.axes.values() for axis in axes for segment in axis.segments)
     whole = {segment.space: segment.count for segment in segments}
-    less = {space: whole[space] - gone for space, gone in entries.items()}
-    return block.size - sum(map(prod, cut_shapes(block, less).values()))
+    smaller = cut_shapes(block, {space: whole[space] - gone for space, gone in entries.items()})
+    return sum(
+        (prod(shape) - prod(smaller[name])) * (weights[name] if weights else 1)
+        for name, shape in block.parameters.items()
+    )
 
 
 def pad_block(

@@ -98,6 +98,10 @@ class FileLayout:
         """Names on disk of what block `index`, or `only` these parameters of it, are made of."""
         return _names(self._chosen(index, only))
 
+    def names_of(self, index: int, parameter: str) -> list[str]:
+        """Names on disk of one parameter of block `index`."""
+        return _names({parameter: self._blocks[index][parameter]})
+
     def outer_names(self) -> list[str]:
         """Names on disk of embedding, head, norms and whatever else stands outside the blocks."""
         return _names(self._outer)

@@ -19,7 +19,17 @@ from secateur.cli.common import (
     print_json,
     show,
 )
-from secateur.cli.prune import AllocationName, MethodName, ModelArgument, PatternText, Sparsity, build_recipes
+from secateur.cli.prune import (
+    AllocationName,
+    BudgetText,
+    MethodName,
+    ModelArgument,
+    PatternText,
+    PlanFile,
+    ScoresFile,
+    Sparsity,
+    build_recipes,
+)
 
 
 def plan(
@@ -28,8 +38,11 @@ def plan(
     *,
     method: MethodName = None,
     sparsity: Sparsity = None,
+    budget: BudgetText = None,
     pattern: PatternText = "unstructured",
     allocation: AllocationName = "uniform",
+    scores: ScoresFile = None,
+    plan_file: PlanFile = None,
     samples: Samples = 128,
     length: Length = None,
     option: MethodOptions = None,
@@ -43,7 +56,8 @@ def plan(
 ) -> None:
     """Show bytes, peak memory and time of a run before a weight is read, and whether it will be faster."""
     given = {
-        "model": model, "method": method, "sparsity": sparsity, "pattern": pattern, "allocation": allocation,
+        "model": model, "method": method, "sparsity": sparsity, "budget": budget, "pattern": pattern,
+        "allocation": allocation, "scores": scores, "plan": plan_file,
         "options": parse_options(option), "allocation_options": parse_options(allocation_option),
         "calibration": {"samples": samples, "length": length}, "device": device, "dtype": dtype,
     }  # fmt: skip

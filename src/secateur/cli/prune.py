@@ -28,6 +28,19 @@ ModelArgument = Annotated[str | None, Parameter(help="a folder, a hub id, or see
 Out = Annotated[Path, Parameter(name=["-o", "--out"], help="folder for the result: new or empty")]
 MethodName = Annotated[str | None, Parameter(help="see: secateur methods")]
 Sparsity = Annotated[float | None, Parameter(help="fraction of the prunable parameters to remove")]
+BudgetText = Annotated[
+    str | None,
+    Parameter(
+        help="instead of --sparsity, where heads and channels go: parameters=1.2M or bytes=900MB of the "
+        "whole model, embeddings included, or decode=12ms a token; or a share of the dense model: decode=0.8x"
+    ),
+]
+ScoresFile = Annotated[
+    str | None, Parameter(help="scores.safetensors of an earlier structured run on this model")
+]
+PlanFile = Annotated[
+    str | None, Parameter(name="--plan", help="plan.json of a structured run on this model, to be applied")
+]
 PatternText = Annotated[str, Parameter(help="unstructured, row, matrix, global or N:M (keep N of M inputs)")]
 AllocationName = Annotated[str, Parameter(help="uniform, owl or alpha")]
 CalibrationSource = Annotated[
@@ -42,6 +55,7 @@ def prune(
     out: Out,
     method: MethodName = None,
     sparsity: Sparsity = None,
+    budget: BudgetText = None,
     pattern: PatternText = "unstructured",
     allocation: AllocationName = "uniform",
     calibration: CalibrationSource = "self",
@@ -51,10 +65,8 @@ def prune(
         str | None, Parameter(help="column of the calibration file that holds the text")
     ] = None,
     batch_size: Annotated[int | None, Parameter(help="windows a forward pass; default: what suits")] = None,
-    scores: Annotated[
-        str | None,
-        Parameter(help="scores.safetensors of an earlier structured run on this model"),
-    ] = None,
+    scores: ScoresFile = None,
+    plan: PlanFile = None,
     text: Annotated[str | None, Parameter(help="held-out text for perplexity before and after")] = None,
     evaluation_windows: Annotated[int, Parameter(help="windows to evaluate; 0 for none")] = 64,
     option: MethodOptions = None,
@@ -75,7 +87,8 @@ def prune(
     Example: secateur prune seedling -o pruned --method wanda --sparsity 0.5
     """
     given = {
-        "model": model, "method": method, "sparsity": sparsity, "pattern": pattern, "allocation": allocation,
+        "model": model, "method": method, "sparsity": sparsity, "budget": budget, "pattern": pattern,
+        "allocation": allocation, "plan": plan,
         "options": parse_options(option), "allocation_options": parse_options(allocation_option),
         "calibration": {
             "source": calibration, "samples": samples, "length": length, "column": column,
@@ -111,7 +124,7 @@ def build_recipes(given: dict[str, Any], file: Path | None) -> Any:
         ("model", "secateur prune MODEL ..."),
         ("method", "add --method wanda; see: secateur methods"),
     ):
-        if not given[key]:
+        if not given[key] and not (key == "method" and given["plan"]):
             raise RecipeError(f"no {key}", f"a {key}", remedy)
     return [parse(Recipe, given, "the command line")]
 

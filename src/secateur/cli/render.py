@@ -12,6 +12,7 @@ from secateur.report.numbers import count, duration, number, percent, size
 __all__ = ["benched", "compared", "evaluated", "exported", "inspection", "planned"]
 
 Rows = list[tuple[str, str]]
+BAR = 20
 
 
 def _facts(rows: Rows, title: str = "") -> Table:
@@ -71,13 +72,73 @@ def planned(facts: Mapping[str, Any]) -> list[Any]:
         ("parameters after", count(facts["parameters_after"])),
         ("zeros after", count(facts["zeros_after"])),
         ("bytes", f"{size(facts['bytes_before'])} before, {size(facts['bytes_after'])} after"),
+        *_structure(facts.get("structure")),
         ("peak memory", f"about {size(facts['peak_memory_bytes'])} ({fits}: {free} free)"),
         ("time", f"about {duration(facts['seconds'])} on this machine"),
         ("disk during the run", size(facts["disk_bytes"])),
         *((f"loads in {name}", answer) for name, answer in facts["loads_in"].items()),
         ("faster", f"{'yes' if facts['faster'] else 'no'}. {facts['effect']}"),
     ]
-    return [_facts(rows, facts["model"])]
+    chart = [_widths(facts["blocks"])] if "blocks" in facts else []
+    return [_facts(rows, facts["model"]), *chart]
+
+
+def _structure(facts: Mapping[str, Any] | None) -> Rows:
+    """Rows of a structured plan whose blocks are known."""
+    if facts is None:
+        return []
+    units = ", ".join(
+        f"{facts['units_after'][kind]:,} of {whole:,} {kind}" for kind, whole in facts["units_before"].items()
+    )
+    rows = [("units that stay", units)]
+    labels = {
+        "non_embedding_parameters": ("without embeddings", count),
+        "macs_per_token": ("MACs a token", count),
+        "kv_bytes_per_token": ("cache a token", size),
+    }
+    for key, (label, show) in labels.items():
+        before, after = facts[f"{key}_before"], facts[f"{key}_after"]
+        if before is not None and after is not None:
+            rows.append((label, f"{show(before)} before, {show(after)} after"))
+    if facts["floors"]:
+        rows.append(("at the floor", f"{', '.join(facts['floors'])} (min_keep)"))
+    if budget := facts["budget"]:
+        figures = (number(budget[key]) for key in ("planned", "limit", "dense"))
+        rows.append(
+            ("budget", "{} {unit} planned, {} allowed, {} dense".format(*figures, unit=budget["unit"]))
+        )
+    return [*rows, *_nearest(facts["uniform"])]
+
+
+def _nearest(uniform: Mapping[str, Any] | None) -> Rows:
+    if uniform is None:
+        return []
+    widths = ", ".join(f"{width} {kind}" for kind, width in uniform["units_a_block"].items())
+    kind = "the stock class" if uniform["stock"] else "secateur's loader"
+    return [
+        (
+            "nearest uniform plan",
+            f"{widths} in every block, {count(uniform['parameters'])}, {size(uniform['bytes'])}; "
+            f"loads in {kind}; loses {percent(uniform['extra_loss'])} more of the scores (-O uniform=true)",
+        )
+    ]
+
+
+def _widths(blocks: list[dict[str, list[int]]]) -> Table:
+    """A bar a block and kind of unit: what stays of it."""
+    table = Table(box=None, header_style="bold")
+    kinds = list(dict.fromkeys(kind for block in blocks for kind in block))
+    table.add_column("block", justify="right")
+    for kind in kinds:
+        table.add_column(kind)
+    for index, block in enumerate(blocks):
+        table.add_row(str(index), *(_bar(*block[kind]) if kind in block else "" for kind in kinds))
+    return table
+
+
+def _bar(kept: int, whole: int) -> str:
+    filled = round(BAR * kept / whole)
+    return f"{'█' * filled}{'░' * (BAR - filled)} {kept}/{whole}"
 
 
 def evaluated(result: Mapping[str, Any]) -> list[Any]:

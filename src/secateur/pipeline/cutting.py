@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.anatomy.cut import cut_block, cut_shapes, expand_block
+from secateur.anatomy.cut import cut_block, expand_block
 from secateur.anatomy.layout import FileLayout
-from secateur.anatomy.resized import resized_config
-from secateur.anatomy.resolve import resolve_config
 from secateur.calibration.driver import OpenBlock
 from secateur.checkpoint.writer import read_part
 from secateur.core.statistics import InputStatistics
+from secateur.pipeline.draft import Draft
 from secateur.pipeline.matrices import generator_for, statistics_of
 from secateur.pipeline.state import Run, part_name
 from secateur.report.model import Block, Layer
@@ -26,6 +25,8 @@ from secateur.structure.compensation import DAMPING, mean_bias, refit
 from secateur.structure.units import Units, kept_spaces
 
 __all__ = ["Choice", "Cutter"]
+
+AT_FLOOR = "cut down to the floor of `min_keep`: nothing more could go here"
 
 
 @dataclass(frozen=True)
@@ -46,30 +47,16 @@ class Choice:
 
 
 class Cutter:
-    """Knows the files and the configuration that come out before a block is cut.
+    """Knows the files that come out before a block is cut."""
 
-    Attributes:
-        config_updates: keys of config.json that change.
-
-    Raises:
-        AnatomyError: sizes that no class of this family can have.
-    """
-
-    def __init__(self, run: Run, method: StructureMethod, choices: list[Choice]) -> None:
-        self.run, self.method = run, method
+    def __init__(self, run: Run, method: StructureMethod, choices: list[Choice], planned: Draft) -> None:
+        self.run, self.method, self.sparsity = run, method, planned.sparsity
         self.blocks = run.opened.anatomy.blocks
         self.choices = [[choice for choice in choices if choice.scored.block == b.index] for b in self.blocks]
-        self.kept = [
-            {space: at for choice in own for space, at in kept_spaces(choice.units, choice.kept).items()}
-            for own in self.choices
-        ]
-        self.biases = self._new_biases()
-        sizes = [{space: len(at) for space, at in kept.items()} for kept in self.kept]
-        shapes = [cut_shapes(block, own) for block, own in zip(self.blocks, sizes, strict=True)]
-        checkpoint, anatomy = run.opened.checkpoint, run.opened.anatomy
-        self.config_updates = resized_config(checkpoint.config, anatomy, sizes, shapes, self.biases)
-        self.smaller = resolve_config({**checkpoint.config, **self.config_updates})
-        self.layout = FileLayout(self.smaller, dict.fromkeys([*checkpoint.tensors, *self._bias_names()]))
+        self.kept = [dict(kept) for kept in planned.result.kept]
+        self.floors, self.smaller = set(planned.floors()), planned.result.anatomy
+        names = [*run.opened.checkpoint.tensors, *self._bias_names()]
+        self.layout = FileLayout(self.smaller, dict.fromkeys(names))
 
     def cut(self) -> tuple[list[Layer], list[Block]]:
         """Write block after block; those of an interrupted run are done.
@@ -173,14 +160,16 @@ class Cutter:
 
     def _row(self, choice: Choice, notes: dict[str, float]) -> Layer:
         units = choice.units
+        name = f"{choice.scored.block}.{units.kind}"
         return Layer(
             block=choice.scored.block,
             matrix=units.kind,
             rows=units.count,
             columns=units.parameters,
-            sparsity_requested=self.run.recipe.resolved_sparsity,
+            sparsity_requested=self.sparsity,
             sparsity=len(choice.removed) / units.count,
             notes=notes,
+            fallbacks=[AT_FLOOR] if name in self.floors else [],
         )
 
     def _reader(self, done: set[int]) -> Callable[[int], dict[str, Tensor] | None]:
@@ -194,14 +183,6 @@ class Cutter:
             return self.run.opened.layout.disassemble(index, whole)
 
         return read
-
-    def _new_biases(self) -> list[str]:
-        """Matrices that get a bias which no block has yet, the same in all blocks."""
-        if self.method.compensate != "bias":
-            return []
-        writers = {choice.units.writer.name for own in self.choices for choice in own}
-        there = {name for block in self.blocks for name in block.parameters}
-        return sorted(name for name in writers if f"{name}.bias" not in there)
 
     def _bias_names(self) -> list[str]:
         """Their names on disk, beside those of the weights."""

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from secateur.core.errors import RecipeError
 from secateur.core.method import METHODS, Method
+from secateur.core.progress import Progress
+from secateur.pipeline.decode_costs import DecodeTable
 from secateur.pipeline.depth_run import check_depth, prune_depth
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.pieces_run import check_pieces, prune_pieces
 from secateur.pipeline.search_run import check_search, prune_search
 from secateur.pipeline.state import Outcome, Run
-from secateur.pipeline.structure_run import check_structure, prune_structure, structure_observes
+from secateur.pipeline.structure_run import check_structure, decode_table, prune_structure, structure_observes
 from secateur.pipeline.weights_run import check_weights, prune_weights, weights_observe
 from secateur.recipe import Recipe
 from secateur.structure.base import DepthMethod, PieceMethod, SearchMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
-__all__ = ["checked_method", "observes", "prune_blocks_of"]
+__all__ = ["checked_method", "measured_decode", "observes", "prune_blocks_of"]
 
 
 class _Way(NamedTuple):
@@ -28,18 +32,20 @@ class _Way(NamedTuple):
         check: `check(opened, method, recipe)` refuses, before a weight is read, what cannot be done.
         prune: `prune(run, method)` writes all blocks.
         observes: `observes(method, recipe)`: whether that looks at calibration text.
+        budgets: it comes down to budgets and follows plans; the others take a sparsity.
     """
 
     base: type[Method]
     check: Callable[[Opened, Any, Recipe], None]
     prune: Callable[[Run, Any], Outcome]
     observes: Callable[[Any, Recipe], bool] = lambda method, recipe: True
+    budgets: bool = False
 
 
 WAYS = (
     _Way(WeightMethod, check_weights, prune_weights, weights_observe),
     _Way(SearchMethod, check_search, prune_search),
-    _Way(StructureMethod, check_structure, prune_structure, structure_observes),
+    _Way(StructureMethod, check_structure, prune_structure, structure_observes, budgets=True),
     _Way(DepthMethod, check_depth, prune_depth),
     _Way(PieceMethod, check_pieces, prune_pieces),
 )
@@ -53,13 +59,34 @@ def checked_method(opened: Opened, recipe: Recipe) -> Method:
         InputError: what this method cannot do with this model.
     """
     method: Method = METHODS.get(recipe.method).from_options(recipe.options)
-    _way(method).check(opened, method, recipe)
+    way = _way(method)
+    asked = "budget" if recipe.budget is not None else "plan"
+    if getattr(recipe, asked) is not None and not way.budgets:
+        raise RecipeError(
+            f"a {asked} with method {method.id!r}, which removes {method.removes}",
+            "a method that removes heads and channels, such as flap",
+            "give --sparsity instead",
+        )
+    way.check(opened, method, recipe)
     return method
 
 
 def observes(method: Method, recipe: Recipe) -> bool:
     """Whether the run looks at calibration text at all."""
     return _way(method).observes(method, recipe)
+
+
+def measured_decode(
+    opened: Opened, method: Method, recipe: Recipe, progress: Progress, cache: Path | None
+) -> DecodeTable | None:
+    """Costs of a token on this machine where the budget is a time; `cache` may hold those of a run before.
+
+    Raises:
+        RecipeError: a budget out of reach, or a model too large to be timed here.
+    """
+    if not isinstance(method, StructureMethod):
+        return None
+    return decode_table(opened, method, recipe, progress, cache)
 
 
 def prune_blocks_of(run: Run) -> Outcome:

@@ -19,9 +19,10 @@ from secateur.pipeline.data import window_length
 from secateur.pipeline.families import checked_method
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.pieces_run import evaluations
+from secateur.pipeline.planning_structure import structure_outcome
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
-from secateur.structure.base import PieceMethod, SearchMethod
+from secateur.structure.base import PieceMethod, SearchMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["Estimate", "estimate", "plan"]
@@ -66,8 +67,7 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
         "model": recipe.model,
         "method": recipe.method,
         "pattern": recipe.pattern,
-        "allocation": recipe.allocation,
-        "sparsity": recipe.resolved_sparsity,
+        "allocation": getattr(method, "spread", recipe.allocation),
         "parameters_before": opened.checkpoint.parameters,
         "bytes_before": opened.checkpoint.nbytes,
         **_outcome(opened, recipe, method),
@@ -80,10 +80,13 @@ def plan(model: str | Path, **settings: Any) -> dict[str, Any]:
 
 def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     """What the result will be: of zeros in dense files, or of matrices that are smaller."""
+    if isinstance(method, StructureMethod):
+        return structure_outcome(opened, method, recipe)
     anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
     before, nbytes = opened.checkpoint.parameters, opened.checkpoint.nbytes
     if isinstance(method, WeightMethod):
         return {
+            "sparsity": sparsity,
             "parameters_prunable": anatomy.prunable_parameters,
             "zeros_after": int(anatomy.prunable_parameters * sparsity),
             "parameters_after": before,
@@ -99,6 +102,7 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     freed = int(anatomy.block_parameters * sparsity)
     after = nbytes - round(nbytes * freed / before)
     return {
+        "sparsity": sparsity,
         "parameters_prunable": anatomy.block_parameters,
         "zeros_after": 0,
         "parameters_after": before - freed,

@@ -17,11 +17,12 @@ from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
 from secateur.pipeline.data import RunData, load_run_data, save_cache
-from secateur.pipeline.families import checked_method, observes, prune_blocks_of
+from secateur.pipeline.decode_costs import DECODE, DecodeTable
+from secateur.pipeline.families import checked_method, measured_decode, observes, prune_blocks_of
 from secateur.pipeline.loading import found_to_load
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.published import add_code, copy_outer, published_files
-from secateur.pipeline.record import Sizes, build_report
+from secateur.pipeline.record import Sizes, build_report, structure_facts
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.verify import verify
 from secateur.recipe import Recipe
@@ -72,6 +73,10 @@ def prune_checkpoint(
         cache = out / ".secateur" / "scratch"
         looks = observes(method, recipe)
         data = load_run_data(dense, recipe, progress, observes=looks, cache=cache if resume else None)
+        decode = None
+        if first:
+            decode = measured_decode(opened, method, recipe, progress, cache if resume else None)
+        decode = DecodeTable.shared(decode, group)
         marks = fingerprint(recipe, opened, data)
         writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume) if first else None
         with writer or nullcontext():
@@ -80,8 +85,10 @@ def prune_checkpoint(
                 return Report.load(out)
             if writer:
                 save_cache(data, writer.workspace)
+                if decode:
+                    decode.save(writer.workspace / DECODE)
             dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
-            run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer)
+            run = Run(recipe, out, opened, method, data, device, dtype, progress, group, writer, decode)
             outcome = prune_blocks_of(run)
             if writer is None:
                 return None
@@ -113,6 +120,7 @@ def _judge(
         sizes=Sizes.of(models[0].checkpoint, models[1].checkpoint, outcome.zeros),
         outcome=outcome,
         verdict=verdict,
+        structure=structure_facts(models, outcome) if run.method.family == "structure" else None,
         calibration=run.data.calibration if observes(run.method, run.recipe) else None,
         loads_in=found_to_load(models[1], try_it=run.recipe.check_loading),
         fingerprint=marks,
@@ -130,6 +138,7 @@ def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]
         flat |= {f"{key}.{name}": item for name, item in nested.items()} or {key: value}
     flat["model_fingerprint"] = opened.checkpoint.fingerprint()
     flat["calibration_sha256"] = data.calibration.sha256
-    if recipe.scores is not None:
-        flat["scores_sha256"] = hashlib.sha256(Path(recipe.scores).read_bytes()).hexdigest()
+    for name, file in (("scores", recipe.scores), ("plan", recipe.plan)):
+        if file is not None:
+            flat[f"{name}_sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return flat

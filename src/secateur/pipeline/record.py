@@ -13,17 +13,20 @@ import torch
 import transformers
 
 import secateur
+from secateur.anatomy.costs import cached_values_per_token, macs_per_token, non_embedding_parameters
+from secateur.anatomy.model import Anatomy
 from secateur.calibration.windows import Windows
 from secateur.checkpoint.reader import Checkpoint
 from secateur.core.method import Method
 from secateur.evaluation.memory import machine_facts
+from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome
 from secateur.pipeline.verify import Verdict
 from secateur.recipe import Recipe
 from secateur.report.effect import effect
-from secateur.report.model import Calibration, Machine, Protocol, Report
+from secateur.report.model import Calibration, Machine, Protocol, Report, Structure
 
-__all__ = ["Sizes", "build_report", "digest", "versions"]
+__all__ = ["Sizes", "build_report", "digest", "running_costs", "structure_facts", "versions"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,25 @@ class Sizes:
         return cls(parameters, parameters, nbytes, nbytes, parameters, parameters - zeros)
 
 
+def structure_facts(models: tuple[Opened, Opened], outcome: Outcome) -> dict[str, Any]:
+    """What a ratio of units alone does not say of a smaller model (structured-baselines, 5.8)."""
+    facts: dict[str, Any] = dict(outcome.structure)
+    for when, model in zip(("before", "after"), models, strict=True):
+        facts |= {f"{key}_{when}": value for key, value in running_costs(model).items()}
+    return facts
+
+
+def running_costs(model: Opened, smaller: Anatomy | None = None) -> dict[str, int | None]:
+    """Of a model, or of a smaller one in its dtype."""
+    anatomy = smaller or model.anatomy
+    values = cached_values_per_token(anatomy)
+    return {
+        "non_embedding_parameters": non_embedding_parameters(anatomy),
+        "macs_per_token": macs_per_token(anatomy, model.checkpoint.config),
+        "kv_bytes_per_token": None if values is None else values * model.stored_dtype.itemsize,
+    }
+
+
 def build_report(
     recipe: Recipe,
     method: Method,
@@ -64,6 +86,7 @@ def build_report(
     outcome: Outcome,
     verdict: Verdict,
     loads_in: dict[str, str] | None = None,
+    structure: dict[str, Any] | None = None,
     calibration: Windows | None,
     fingerprint: dict[str, Any],
     command: str,
@@ -76,7 +99,7 @@ def build_report(
     missing = dict(verdict.not_measured)
     if peak_memory_bytes is None:
         missing["peak_memory_bytes"] = "this system does not tell"
-    sparsity = recipe.resolved_sparsity
+    sparsity = recipe.resolved_sparsity if outcome.requested is None else outcome.requested
     return Report(
         model=recipe.model,
         family=family,
@@ -101,6 +124,8 @@ def build_report(
             bytes_before=sizes.bytes_before, bytes_after=sizes.bytes_after,
         ),
         loads_in=loads_in or {},
+        budget=recipe.budget,
+        structure=None if structure is None else Structure.model_validate(structure),
         layers=outcome.layers,
         blocks=outcome.blocks,
         warnings=outcome.warnings,

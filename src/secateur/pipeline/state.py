@@ -18,15 +18,19 @@ from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.method import Method
 from secateur.core.progress import Progress
 from secateur.pipeline.data import RunData
+from secateur.pipeline.decode_costs import DecodeTable
 from secateur.pipeline.opened import Opened
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 
-__all__ = ["PREPARED", "SCORES", "UNEQUAL", "Outcome", "Run", "as_stored", "part_name"]
+__all__ = ["PLAN", "PREPARED", "SCORES", "UNEQUAL", "Outcome", "Run", "as_stored", "part_name"]
 
-SCORES = "scores.safetensors"
+SCORES, PLAN = "scores.safetensors", "plan.json"
 PREPARED = "prepared.safetensors"
-UNEQUAL = "Blocks differ: load it after `import secateur`, or with trust_remote_code=True."
+UNEQUAL = (
+    "Blocks differ, or have biases that the stock class lacks: load it after `import secateur`, or with "
+    "trust_remote_code=True."
+)
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Run:
     progress: Progress
     group: Group | None
     writer: CheckpointWriter | None
+    decode: DecodeTable | None = None
 
     def driver(self, read: Callable[[int], dict[str, Tensor] | None] | None = None) -> Driver:
         """A fresh pass over the blocks; `read(i)` supplies blocks that are already pruned."""
@@ -102,6 +107,8 @@ class Outcome:
         dropped: tensors of the source that are gone.
         files: further files to publish.
         warnings: what the user should know, one sentence each.
+        requested: the sparsity that was asked for, where the recipe says a budget or a plan instead.
+        structure: what is known of a structured result beyond its files (see `report.model.Structure`).
     """
 
     layers: list[Layer]
@@ -112,6 +119,8 @@ class Outcome:
     dropped: frozenset[str] = frozenset()
     files: dict[str, str | bytes] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    requested: float | None = None
+    structure: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_weights(cls, layers: list[Layer], blocks: list[Block]) -> Outcome:

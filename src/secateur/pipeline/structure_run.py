@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.anatomy.cut import cut_shapes
-from secateur.anatomy.resized import is_stock, resized_config
 from secateur.calibration.driver import OpenBlock
-from secateur.core.errors import InputError, RecipeError
+from secateur.core.errors import InputError
+from secateur.core.progress import Progress
+from secateur.core.statistics import InputStatistics
 from secateur.pipeline.cutting import Choice, Cutter
-from secateur.pipeline.matrices import generator_for
-from secateur.pipeline.opened import Opened
+from secateur.pipeline.decode_costs import DECODE, DecodeTable, measure_decode
+from secateur.pipeline.draft import Draft, draft, groups_of
+from secateur.pipeline.matrices import generator_for, statistics_of
+from secateur.pipeline.opened import Opened, choose_device, choose_dtype
+from secateur.pipeline.result import Result, new_biases
 from secateur.pipeline.scores import NO_SCORES, origin_of, read_scores, scores_file
-from secateur.pipeline.state import PREPARED, SCORES, UNEQUAL, Outcome, Run
+from secateur.pipeline.state import PLAN, PREPARED, SCORES, UNEQUAL, Outcome, Run
 from secateur.pipeline.unit_weights import UnitWeights, problems_of, shapes_of
 from secateur.pipeline.watching import BlockWatch, across_ffn
 from secateur.recipe import Recipe
-from secateur.structure.allocation import Scored, allocate
+from secateur.report.model import Block, Layer, Uniform
+from secateur.report.structure import nearest_words
 from secateur.structure.base import StructureMethod
-from secateur.structure.units import Units, kept_spaces
 
 __all__ = [
-    "check_sizes",
     "check_structure",
-    "equal_shares",
-    "groups_of",
+    "decode_table",
+    "given_scores",
+    "outcome_of",
     "prune_structure",
     "structure_observes",
 ]
@@ -38,88 +41,97 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
     """Refuse, before anything is read or written, what could not be done.
 
     Raises:
-        RecipeError: a share that cannot be removed, or that whole heads do not make.
+        RecipeError: a share or budget that cannot be met, or that whole heads do not make.
         AnatomyError: a family whose blocks cannot have the sizes.
-        InputError: scores of another model or method.
+        InputError: scores or a plan of another model or method.
     """
-    groups = groups_of(opened, method)
-    check_sizes(opened, groups, equal_shares(opened, groups, method, recipe.resolved_sparsity))
+    target = recipe.target
+    if target is not None and target.kind == "decode":  # its costs are measured later; try some cut
+        groups = groups_of(opened, method)
+        half = [torch.arange((units.count + 1) // 2) for _, units in groups]
+        _ = Result.of(opened, groups, half, new_biases(opened, groups, method)).config_updates
+    else:
+        _ = draft(opened, method, recipe).result.config_updates
     method.check(shapes_of(opened, method))
     if recipe.scores is not None:
-        _given(opened, method, Path(recipe.scores))
+        given_scores(opened, method, Path(recipe.scores))
 
 
-def equal_shares(
-    opened: Opened, groups: Sequence[tuple[int, Units]], method: StructureMethod, sparsity: float
-) -> list[Tensor]:
-    """What stays of every group as long as all units are worth the same. Raises `RecipeError`."""
-    flat = [Scored(index, units, torch.zeros(units.count)) for index, units in groups]
-    sizes = [block.size for block in opened.anatomy.blocks]
-    return allocate(flat, sizes, sparsity, method, torch.zeros(len(sizes)))
+def decode_table(
+    opened: Opened, method: StructureMethod, recipe: Recipe, progress: Progress, cache: Path | None
+) -> DecodeTable | None:
+    """What a token costs on this machine, if the budget asks: measured, or as the run before measured it.
 
-
-def check_sizes(opened: Opened, groups: Sequence[tuple[int, Units]], kept: Sequence[Tensor]) -> None:
-    """Raise `AnatomyError` for a family whose blocks cannot have these sizes."""
-    blocks = opened.anatomy.blocks
-    spaces: list[dict[str, int]] = [{} for _ in blocks]
-    for (index, units), stays in zip(groups, kept, strict=True):
-        spaces[index] |= {space: len(at) for space, at in kept_spaces(units, stays).items()}
-    shapes = [cut_shapes(block, own) for block, own in zip(blocks, spaces, strict=True)]
-    resized_config(opened.checkpoint.config, opened.anatomy, spaces, shapes)
+    Raises:
+        RecipeError: a budget that is out of reach, or a model too large to be timed.
+    """
+    target = recipe.target
+    if target is None or target.kind != "decode":
+        return None
+    if cache and (cache / DECODE).exists():
+        return DecodeTable.load(cache / DECODE)
+    groups, device = groups_of(opened, method), choose_device(recipe.device)
+    dtype = choose_dtype(recipe.dtype, device, opened.stored_dtype)
+    biases = new_biases(opened, groups, method)
+    table = measure_decode(opened, method, groups, biases, device, dtype, progress)
+    draft(opened, method, recipe, decode=table)
+    return table
 
 
 def structure_observes(method: StructureMethod, recipe: Recipe) -> bool:
-    """Whether scores, their spread or a refit look at calibration text."""
-    scoring = bool(method.statistics) or method.spread == "sigmoid"
-    return method.compensate == "least_squares" or (scoring and recipe.scores is None)
+    """Whether scores, their spread, a bias or a refit look at calibration text."""
+    if method.compensate == "least_squares" or recipe.plan is not None:
+        return method.compensate != "none"
+    return recipe.scores is None and (bool(method.statistics) or method.spread == "sigmoid")
 
 
 def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     """Score, choose, cut. Scores are kept beside the result, to plan other ratios from."""
-    blocks = run.opened.anatomy.blocks
     found, files = _scores(run, method)
-    scored = [
-        Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in groups_of(run.opened, method)
-    ]
-    sizes = [block.size for block in blocks]
-    kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method, found.get(method.change))
+    planned = draft(run.opened, method, run.recipe, None if run.recipe.plan else found, run.decode)
     choices = [
         Choice(group, found.get(f"{group.block}.{group.units.kind}.mean"), stays)
-        for group, stays in zip(scored, kept, strict=True)
+        for group, stays in zip(planned.scored, planned.kept, strict=True)
     ]
-    cutter = Cutter(run, method, choices)
+    cutter = Cutter(run, method, choices, planned)
     layers, rows = cutter.cut()
-    freed = sum(len(choice.removed) * choice.units.parameters for choice in choices)
-    stock = is_stock({**run.opened.checkpoint.config, **cutter.config_updates})
+    if run.recipe.plan is None:
+        files[SCORES] = scores_file(found, _origin(run.opened, method))
+    return outcome_of(run, planned, layers, rows, files)
+
+
+def outcome_of(
+    run: Run, planned: Draft, layers: list[Layer], rows: list[Block], files: dict[str, str | bytes]
+) -> Outcome:
+    """What a plan became, with the plan as a file."""
+    plan, facts = planned.stored(run.recipe, run.data.calibration.sha256), planned.facts()
     return Outcome(
         layers=layers,
         blocks=rows,
-        sparsity=freed / sum(sizes),
-        config_updates=cutter.config_updates,
-        files={SCORES: scores_file(found, _origin(run.opened, method)), **files},
-        warnings=[] if stock else [UNEQUAL],
+        sparsity=planned.freed / sum(block.size for block in run.opened.anatomy.blocks),
+        requested=planned.sparsity,
+        config_updates=planned.result.config_updates,
+        files={PLAN: plan.dumps(), **files},
+        warnings=_warnings(facts),
+        structure=facts,
     )
 
 
-def groups_of(opened: Opened, method: StructureMethod) -> list[tuple[int, Units]]:
-    """Block and units of every kind that the method removes. Raises `RecipeError` where there are none."""
-    groups = [(block.index, units) for block in opened.anatomy.blocks for units in method.units(block)]
-    if not groups:
-        raise RecipeError(
-            f"method {method.id!r} on {opened.anatomy.family!r}",
-            "a model with channels or heads that one matrix collects",
-            "prune single weights: wanda",
-        )
-    return groups
+def _warnings(facts: dict[str, Any]) -> list[str]:
+    """How to load what no stock class can be, and what it would cost that one could."""
+    nearest = [nearest_words(Uniform.model_validate(facts["uniform"]))] if facts["uniform"] else []
+    return [] if facts["stock"] else [UNEQUAL, *nearest]
 
 
-def _scores(run: Run, method: StructureMethod) -> tuple[dict[str, Tensor], dict[str, bytes]]:
+def _scores(run: Run, method: StructureMethod) -> tuple[dict[str, Tensor], dict[str, str | bytes]]:
     """Scores (`3.ffn`) and mean inputs (`3.ffn.mean`), from one pass over the dense model unless they are
     given, or left by the run that was interrupted; and files of the method's own."""
     if run.recipe.scores is not None:
-        return _given(run.opened, method, Path(run.recipe.scores)), {}
+        return given_scores(run.opened, method, Path(run.recipe.scores)), {}
+    if run.recipe.plan is not None:
+        return run.remembered(lambda: _means(run, method)) if method.compensate == "bias" else {}, {}
     prepared = run.remembered(lambda: _prepared(run, method), PREPARED)
-    return run.remembered(lambda: _score(run, method, prepared)), method.files(prepared)
+    return run.remembered(lambda: _score(run, method, prepared)), dict(method.files(prepared))
 
 
 def _prepared(run: Run, method: StructureMethod) -> dict[str, Tensor]:
@@ -146,12 +158,32 @@ def _score(run: Run, method: StructureMethod, prepared: dict[str, Tensor]) -> di
     return found
 
 
+def _means(run: Run, method: StructureMethod) -> dict[str, Tensor]:
+    """Mean inputs alone: biases are made of them, and a plan does not hold them."""
+    found: dict[str, Tensor] = {}
+    with run.progress.task("observing what goes", len(run.opened.anatomy.blocks)) as task:
+        for opened in run.driver().blocks(outputs=False):
+            kinds = method.units(opened.block)
+            sites = {units.writer.input for units in kinds}
+            observed = opened.observe({"mean"}, sites=sites, record_output=False)
+            for units in kinds:
+                found[f"{opened.index}.{units.kind}.mean"] = _mean(statistics_of(units.writer, observed))
+            opened.finish()
+            task.advance()
+    return found
+
+
+def _mean(inputs: InputStatistics) -> Tensor:
+    assert inputs.mean is not None
+    return (inputs.mean / max(inputs.tokens, 1)).cpu()
+
+
 def _origin(opened: Opened, method: StructureMethod) -> dict[str, str]:
     """The options that all methods share are about what is made of scores, as are some of its own."""
     return origin_of(opened, method, exclude=method.unscored.union(StructureMethod.model_fields))
 
 
-def _given(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Tensor]:
+def given_scores(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Tensor]:
     """Scores of an earlier run, if they are of this model and method and hold what the options need."""
     found = read_scores(path, _origin(opened, method))
     if missing := [name for name in _needed(opened, method) if name not in found]:
@@ -178,5 +210,5 @@ def _score_block(
         found[problem.name] = method.score(problem).float().cpu()
         inputs = problem.inputs
         if inputs.mean is not None:
-            found[f"{problem.name}.mean"] = (inputs.mean / max(inputs.tokens, 1)).cpu()
+            found[f"{problem.name}.mean"] = _mean(inputs)
     return found

@@ -43,6 +43,7 @@ def _run(report: Report) -> Pairs:
         ("Pattern", report.pattern),
         ("Allocation", report.allocation),
         ("Options", options or "the method's own"),
+        *([("Budget", report.budget)] if report.budget else []),
         ("Sparsity asked for", data(percent(report.sparsity_requested), report.sparsity_requested)),
         ("Sparsity reached", data(percent(report.sparsity), report.sparsity)),
         ("Seed", data(str(report.seed), report.seed)),

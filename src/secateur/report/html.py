@@ -9,6 +9,7 @@ from secateur.report.model import Layer, Report
 from secateur.report.numbers import number, percent
 from secateur.report.page import absent, data, page, prose, section, table
 from secateur.report.plots import pictures
+from secateur.report.structure import structure
 from secateur.report.verdict import Outcome, Row, rows, verdict
 
 __all__ = ["FILE_NAME", "chip", "render"]
@@ -26,6 +27,7 @@ def render(report: Report) -> str:
             _header(report),
             _notices(report),
             section("Before and after", _before_after(report)),
+            structure(report),
             section("Pictures", pictures(report)),
             _matrices(report),
             _repeat(report),

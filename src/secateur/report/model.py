@@ -19,6 +19,7 @@ __all__ = [
     "RECOVERY",
     "SCHEMA_VERSION",
     "Block",
+    "Budget",
     "Calibration",
     "Layer",
     "Look",
@@ -27,6 +28,8 @@ __all__ = [
     "Recovery",
     "Report",
     "Stage",
+    "Structure",
+    "Uniform",
 ]
 
 FILE_NAME = "report.json"
@@ -124,6 +127,61 @@ class Block(_Part):
     seconds: float | None = None
 
 
+class Budget(_Part):
+    """A limit on the whole model: `planned` is what the plan comes to, `dense` what the dense model has.
+
+    `unit`: `parameters`, `bytes` or `milliseconds` (of a token, one sequence, on the machine of the run).
+    """
+
+    unit: str
+    limit: float
+    planned: float
+    dense: float
+
+
+class Uniform(_Part):
+    """The plan with all blocks alike that is nearest to the one that was taken.
+
+    `score_lost` is the sum of the scores that go (see docs/structured-pruning.md), `score_lost_unequal` that
+    of the plan that was taken, `extra_loss` their difference as a fraction of the latter.
+    """
+
+    units_a_block: dict[str, int]
+    parameters: Count
+    bytes: Count
+    stock: bool
+    score_lost: float
+    score_lost_unequal: float
+    extra_loss: float
+
+
+class Structure(_Part):
+    """A model whose matrices got smaller.
+
+    `macs_per_token` are multiply-accumulates of the matrices of the blocks and of the head, without attention
+    over the cache; `kv_bytes_per_token` is what the cache keeps of one token in the dtype of the files, null
+    where the architecture does not tell. `floors` are the groups (`3.ffn`) that keep no more than `min_keep`.
+    """
+
+    units_before: dict[str, Count] = Field(default_factory=dict)
+    units_after: dict[str, Count] = Field(default_factory=dict)
+    non_embedding_parameters_before: Count
+    non_embedding_parameters_after: Count
+    macs_per_token_before: Count
+    macs_per_token_after: Count
+    kv_bytes_per_token_before: Count | None = None
+    kv_bytes_per_token_after: Count | None = None
+    stock: bool | None = None
+    floors: list[str] = Field(default_factory=list)
+    budget: Budget | None = None
+    uniform: Uniform | None = None
+
+    def unit_ratio(self) -> float | None:
+        """Fraction of the units that is gone, kinds weighing alike; None where units are not counted."""
+        shares = [self.units_after[kind] / count for kind, count in self.units_before.items() if count]
+        return 1 - sum(shares) / len(shares) if shares else None
+
+
 class Stage(_Part):
     """One stage of a chain: what it did, and how good its result is compared with the dense model."""
 
@@ -218,6 +276,8 @@ class Report(_Part):
         "relative squared error of the output on the calibration text "
         "(of a matrix: from the second moment of its input where the method collects no Hessian)"
     )
+    budget: str | None = None
+    structure: Structure | None = None
     layers: list[Layer] = Field(default_factory=list)
     blocks: list[Block] = Field(default_factory=list)
     stages: list[Stage] = Field(default_factory=list)

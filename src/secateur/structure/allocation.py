@@ -1,16 +1,19 @@
-"""How many units go where: the same share everywhere, more where blocks do little, or one ranking of all.
+"""How many units go where: the same share everywhere, more where blocks do little, one ranking of all, or the
+least total loss.
 
 Counts are exact: what is removed meets the budget to within the cheapest unit, ties go by position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from secateur.core.errors import RecipeError
 from secateur.structure.base import StructureMethod
+from secateur.structure.goal import Goal
+from secateur.structure.groups import Scored, comparable, floor_of, lowest, removable, step_of
+from secateur.structure.knapsack import fewest_losses, parameters_left
 from secateur.structure.units import Units
 
 if TYPE_CHECKING:
@@ -21,21 +24,14 @@ __all__ = ["Scored", "allocate"]
 TOLERANCE = 0.01
 
 
-@dataclass(frozen=True)
-class Scored:
-    """The units of one kind in one block with their importance, (count,)."""
-
-    block: int
-    units: Units
-    scores: Tensor
-
-
 def allocate(
     groups: Sequence[Scored],
     sizes: Sequence[int],
     sparsity: float,
     method: StructureMethod,
     angles: Tensor | None = None,
+    *,
+    goal: Goal | None = None,
 ) -> list[Tensor]:
     """Choose what stays.
 
@@ -44,6 +40,7 @@ def allocate(
         sizes: parameters of each block; `sparsity` is the fraction of their sum that goes.
         method: its `spread`, `remove_heads`, `min_keep` and `round_to` are respected.
         angles: (L,) how much each block changes the hidden state, for the spread `sigmoid`.
+        goal: a limit that is met instead of the sparsity, and never exceeded.
 
     Returns:
         For each group the units that stay, sorted int64.
@@ -51,8 +48,34 @@ def allocate(
     Raises:
         RecipeError: more than can be removed, or no share of heads and channels comes near.
     """
-    _check_possible(groups, sizes, sparsity, method)
-    budgets = [sparsity * size for size in sizes]
+
+    def spend(budget: float) -> list[Tensor]:
+        return _spent(groups, sizes, budget, method, angles)
+
+    if goal is None:
+        _check_possible(groups, sizes, sparsity, method)
+        removed = spend(sparsity * sum(sizes))
+        _check_reached(groups, removed, sparsity, sum(sizes), method)
+    else:
+        _check_reachable(goal, [floor_of(group.units, method) for group in groups], method)
+        if method.spread == "knapsack" and method.remove_heads is None:
+            removed = fewest_losses(groups, goal, method)
+        else:
+            removed = _least_spent(groups, goal, spend, sum(sizes))
+    return [group.units.others(gone) for gone, group in zip(removed, groups, strict=True)]
+
+
+def _spent(
+    groups: Sequence[Scored],
+    sizes: Sequence[int],
+    budget: float,
+    method: StructureMethod,
+    angles: Tensor | None,
+) -> list[Tensor]:
+    """What goes when so many parameters shall go: heads in their own number where one is given, and the rest
+    by the method's spread."""
+    share = budget / sum(sizes)
+    budgets = [share * size for size in sizes]
     removed: list[Tensor] = [group.scores.new_empty(0).long() for group in groups]
     rest = list(range(len(groups)))
     if method.remove_heads is not None:
@@ -64,14 +87,13 @@ def allocate(
     chosen = _chosen([groups[number] for number in rest], budgets, method, angles) if rest else []
     for number, gone in zip(rest, chosen, strict=True):
         removed[number] = gone
-    _check_reached(groups, removed, sparsity, sum(sizes), method)
-    return [group.units.others(gone) for gone, group in zip(removed, groups, strict=True)]
+    return removed
 
 
 def _check_possible(
     groups: Sequence[Scored], sizes: Sequence[int], sparsity: float, method: StructureMethod
 ) -> None:
-    most = sum(_removable(group.units, method) * group.units.parameters for group in groups)
+    most = sum(removable(group.units, method) * group.units.parameters for group in groups)
     if sparsity * sum(sizes) > most:
         raise RecipeError(
             f"sparsity {sparsity:g}",
@@ -89,6 +111,8 @@ def _chosen(
     if method.spread == "global":
         removed = _ranked(groups, budget, method, [group.units.parameters for group in groups])
         wanted: list[float] = [len(gone) for gone in removed]
+    elif method.spread == "knapsack":
+        return fewest_losses(groups, parameters_left(groups, budget, method), method)
     else:
         if method.spread == "sigmoid":
             assert angles is not None
@@ -98,13 +122,13 @@ def _chosen(
     counts = [_rounded(group.units, share, method) for group, share in pairs]
     if method.spread == "sigmoid" or (method.spread == "global" and method.round_to > 1):
         counts = _balanced(groups, wanted, counts, budget, method)
-    return _lowest(groups, counts)
+    return lowest(groups, counts)
 
 
 def _heads(groups: Sequence[Scored], blocks: int, method: StructureMethod) -> list[Tensor]:
     """`method.remove_heads` of all heads: the same number in every block, or the lowest of one ranking
     (flap, section 2.3: UL-MM and AL-MM)."""
-    total, most = method.remove_heads or 0, sum(_removable(group.units, method) for group in groups)
+    total, most = method.remove_heads or 0, sum(removable(group.units, method) for group in groups)
     if not groups:
         raise RecipeError(
             f"remove_heads {total} with targets {method.targets}", "heads to remove", "leave remove_heads out"
@@ -120,7 +144,39 @@ def _heads(groups: Sequence[Scored], blocks: int, method: StructureMethod) -> li
             f"a multiple of {blocks}",
             f"choose {near} or {near + blocks}, or spread=global",
         )
-    return _lowest(groups, [min(total // blocks, _removable(group.units, method)) for group in groups])
+    return lowest(groups, [min(total // blocks, removable(group.units, method)) for group in groups])
+
+
+def _check_reachable(goal: Goal, floors: Sequence[int], method: StructureMethod) -> None:
+    least = goal.cost(floors)
+    if least > goal.limit:
+        raise RecipeError(
+            f"a budget of {goal.limit:,.6g} {goal.unit}",
+            f"at least {least:,.6g}: what is outside the blocks, norms, and the {method.min_keep} unit(s) of "
+            "each kind that a block keeps",
+            "raise --budget, or lower min_keep",
+        )
+
+
+def _least_spent(
+    groups: Sequence[Scored], goal: Goal, spend: Callable[[float], list[Tensor]], most: int
+) -> list[Tensor]:
+    """What goes when just as many parameters are to go as the goal needs; at `most` every group is at its
+    floor."""
+
+    def met(removed: Sequence[Tensor]) -> bool:
+        return goal.met([group.units.count - len(gone) for group, gone in zip(groups, removed, strict=True)])
+
+    enough = spend(most)
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        removed = spend(middle)
+        if met(removed):
+            high, enough = middle, removed
+        else:
+            low = middle
+    return enough
 
 
 def _check_reached(
@@ -147,10 +203,6 @@ def _check_reached(
         f"a share that whole heads make: {', '.join(f'{share:.3f}' for share in others if share > 0)}",
         "choose one of these, or add channels: -O targets=all",
     )
-
-
-def _removable(units: Units, method: StructureMethod) -> int:
-    return max(0, units.count - method.min_keep)
 
 
 def _by_angle(groups: Sequence[Scored], budget: float, angles: Tensor, sharpness: float) -> list[float]:
@@ -214,20 +266,16 @@ def _next(units: Units, count: int, fewer: bool, method: StructureMethod) -> int
     """What is removed with the next legal width above or below; None where there is none."""
     if not units.kind.endswith("ffn"):
         return None
-    kept, step = units.count - count, method.round_to
+    kept, step = units.count - count, step_of(units, method)
     to = min(kept // step * step + step, units.count) if fewer else (kept - 1) // step * step
     removed = units.count - to
-    return removed if removed != count and to > 0 and removed <= _removable(units, method) else None
+    return removed if removed != count and to > 0 and removed <= removable(units, method) else None
 
 
 def _rounded(units: Units, share: float, method: StructureMethod) -> int:
-    step = method.round_to if units.kind.endswith("ffn") else 1
-    kept = step * max(1, round((units.count - share) / step))
-    return min(max(units.count - kept, 0), _removable(units, method))
-
-
-def _lowest(groups: Sequence[Scored], counts: Sequence[int]) -> list[Tensor]:
-    return [group.scores.argsort(stable=True)[:count] for group, count in zip(groups, counts, strict=True)]
+    step = step_of(units, method)
+    kept = step * round((units.count - share) / step)
+    return min(max(units.count - kept, 0), removable(units, method))
 
 
 def _ranked(
@@ -237,10 +285,10 @@ def _ranked(
     import torch
 
     candidates = [
-        group.scores.argsort(stable=True)[: _removable(group.units, method)].sort().values for group in groups
+        group.scores.argsort(stable=True)[: removable(group.units, method)].sort().values for group in groups
     ]
     scores = torch.cat(
-        [_comparable(group.scores, method)[chosen] for group, chosen in zip(groups, candidates, strict=True)]
+        [comparable(group.scores, method)[chosen] for group, chosen in zip(groups, candidates, strict=True)]
     )
     owner = torch.cat([torch.full_like(chosen, number) for number, chosen in enumerate(candidates)])
     costs = torch.tensor(prices)[owner]
@@ -255,11 +303,3 @@ def _ranked(
         order = order[costs[order] <= left]
     positions = torch.cat(candidates)
     return [positions[taken & (owner == number)] for number in range(len(groups))]
-
-
-def _comparable(scores: Tensor, method: StructureMethod) -> Tensor:
-    scores = scores.double()
-    if method.comparable:
-        return scores
-    spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
-    return (scores - scores.mean()) / spread if float(spread) > 0 else scores * 0

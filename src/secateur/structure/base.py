@@ -23,6 +23,7 @@ __all__ = [
     "BlockStates",
     "Compensation",
     "DepthMethod",
+    "Losses",
     "Piece",
     "PieceMethod",
     "SearchMethod",
@@ -33,7 +34,8 @@ __all__ = [
 ]
 
 Compensation = Literal["none", "bias", "least_squares"]
-Spread = Literal["uniform", "global", "sigmoid"]
+Spread = Literal["uniform", "global", "sigmoid", "knapsack"]
+Losses = Literal["", "each", "total"]
 Targets = Literal["all", "ffn", "heads"]
 Coarse = Literal["angular", "cosine", "mse", "mae"]
 
@@ -67,6 +69,8 @@ class StructureMethod(Method):
     Class variables:
         comparable: scores of different blocks and kinds mean the same and need not be standardised.
         unscored: own options that scores do not depend on.
+        losses: what scores are to the spread `knapsack`. `each`: a loss of its own, and losses add up;
+            `total`: the loss of all units up to this one; empty: an importance, counted once a parameter.
     """
 
     family: ClassVar[str] = "structure"
@@ -74,11 +78,16 @@ class StructureMethod(Method):
     effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
     comparable: ClassVar[bool] = False
     unscored: ClassVar[frozenset[str]] = frozenset()
+    losses: ClassVar[Losses] = ""
 
     spread: Spread = Field(
         "uniform",
         description="uniform: the same share everywhere; global: one ranking of all units; "
-        "sigmoid: more where a block turns the hidden state little",
+        "sigmoid: more where a block turns the hidden state little; knapsack: the least loss that meets the "
+        "budget",
+    )
+    uniform: bool = Field(
+        False, description="take the nearest plan in which all blocks are alike, as stock classes need"
     )
     targets: Targets = Field("all", description="all, feed-forward channels alone, or heads alone")
     remove_heads: int | None = Field(

@@ -33,7 +33,7 @@ class Cfsp(StructureMethod):
     )
     needs: ClassVar[frozenset[Statistic]] = frozenset({"second_moment"})
 
-    spread: Spread = Field("sigmoid", description="sigmoid (the method), uniform or global")
+    spread: Spread = Field("sigmoid", description="sigmoid (the method), uniform, global or knapsack")
     targets: Targets = Field("ffn", description="ffn (the method), heads or all")
     fine: Literal["relative", "activation", "wanda"] = Field(
         "relative", description="relative weights times norms, norms alone, or weights times norms"

@@ -36,7 +36,9 @@ class Flap(StructureMethod):
     comparable: ClassVar[bool] = True
 
     spread: Spread = Field(
-        "global", description="global: AL-AM of the paper, with remove_heads AL-MM; uniform: UL-UM and UL-MM"
+        "global",
+        description="global: AL-AM of the paper, with remove_heads AL-MM; uniform: UL-UM and UL-MM; also "
+        "sigmoid, knapsack",
     )
     metric: Literal["wifv", "wifn", "ifv"] = Field(
         "wifv", description="variance times squared weights, mean weight times norm, or variance alone"

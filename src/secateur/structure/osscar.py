@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from secateur.core.method import Paper
 from secateur.core.statistics import Statistic
-from secateur.structure.base import Compensation, StructureMethod, UnitProblem, register
+from secateur.structure.base import Compensation, Losses, StructureMethod, UnitProblem, register
 from secateur.structure.elimination import eliminate
 from secateur.structure.local_search import improved
 
@@ -35,6 +35,7 @@ class Osscar(StructureMethod):
     )
     needs: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
     unscored: ClassVar[frozenset[str]] = frozenset({"swaps", "swap_rounds"})
+    losses: ClassVar[Losses] = "total"
 
     compensate: Compensation = Field(
         "least_squares", description="none, bias (mean output) or least_squares (refit on what stays)"
