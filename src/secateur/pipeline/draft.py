@@ -58,7 +58,9 @@ class Draft:
         return _freed(self.scored, self.kept)
 
     def stored(self, recipe: Recipe, calibration_sha256: str) -> Plan:
-        """The plan as a file."""
+        """The plan as a file; one that was given keeps the calibration it was made from."""
+        if recipe.plan is not None:
+            calibration_sha256 = Plan.load(recipe.plan).calibration_sha256
         blocks: list[dict[str, list[int]]] = [{} for _ in self.opened.anatomy.blocks]
         for group, stays in zip(self.scored, self.kept, strict=True):
             blocks[group.block][group.units.kind] = stays.tolist()
@@ -111,9 +113,10 @@ class Draft:
     def _budget(self) -> dict[str, Any] | None:
         if self.goal is None:
             return None
-        predicted = self.goal.cost([len(stays) for stays in self.kept])
+        exact = {"parameters": self.result.parameters, "bytes": self.result.nbytes}  # biases may be narrower
+        planned = exact.get(self.goal.unit, self.goal.cost([len(stays) for stays in self.kept]))
         dense = self.goal.cost([group.units.count for group in self.scored])
-        return {"unit": self.goal.unit, "limit": self.goal.limit, "planned": predicted, "dense": dense}
+        return {"unit": self.goal.unit, "limit": self.goal.limit, "planned": planned, "dense": dense}
 
     def _uniform(self) -> dict[str, Any] | None:
         if self.equal is None:
