@@ -64,8 +64,10 @@ def plan(
     recipes = build_recipes(given, recipe)
 
     import secateur
+    from secateur.recipe import Recipe
 
-    stages = [secateur.plan(**parsed.model_dump()) for parsed in recipes]
+    cuts = [parsed for parsed in recipes if isinstance(parsed, Recipe)]  # what recovers changes no size
+    stages = [secateur.plan(**parsed.model_dump()) for parsed in cuts]
     if json:
         print_json(stages[0] if len(stages) == 1 else {"stages": stages})
         return
