@@ -58,7 +58,7 @@ def pruned(model: str, options: dict[str, Any], out: Path) -> str | Path:
     """The model as it is, or pruned into a folder."""
     if not options:
         return model
-    calibration = {"samples": 8, "length": 64}
+    calibration = {"samples": 32, "length": 128}
     secateur.prune(
         model, out, method="flap", sparsity=SPARSITY, options=options, calibration=calibration, seed=SEED,
         evaluation_windows=0, measure_speed=False, check_loading=False,
