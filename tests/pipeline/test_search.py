@@ -123,6 +123,7 @@ def test_a_block_that_does_nothing_loses_most(fitness: str, tmp_path: Path) -> N
         assert row["generations"][-1]["fitness"] < row["generations"][0]["fitness"]
 
 
+@pytest.mark.slow
 def test_on_a_trained_model_the_search_helps_on_text_it_never_saw(tmp_path: Path) -> None:
     secateur.prune(
         "seedling",
