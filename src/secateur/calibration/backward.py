@@ -26,7 +26,7 @@ __all__ = ["BUDGET_BYTES", "Backward", "Chunk", "IndexedWatch", "OpenGradients",
 BUDGET_BYTES = 1 << 30
 
 IndexedWatch = Callable[[int, Batch, Tensor, Tensor], None]
-"""Called with the number of a block, a batch, and its hidden states, (B, T, d), before and after the block."""
+"""Called with the number of a block, a batch, and its hidden states, (B, T, d), before and after it."""
 
 
 class Backward:
@@ -88,9 +88,7 @@ class Chunk:
         loss: sum over them of the mean next-token loss of each, nats a token; known once blocks come.
     """
 
-    def __init__(
-        self, source: BlockSource, forward: Forward, batches: list[Windows], length: int
-    ) -> None:
+    def __init__(self, source: BlockSource, forward: Forward, batches: list[Windows], length: int) -> None:
         self._source, self._forward, self._batches, self._length = source, forward, batches, length
         self.sequences = sum(len(batch) for batch in batches)
         self.tokens = sum(batch.tokens for batch in batches)
@@ -141,7 +139,7 @@ class Chunk:
             hidden = held.input(batch).detach().requires_grad_()
             with _differentiating(self._source.device):
                 logits = self._forward.logits(batch.windows, hidden)
-                parts = zip(logits.split(1), batch.windows.batches(1), strict=True)
+                parts = zip(torch.split(logits, 1), batch.windows.batches(1), strict=True)
                 loss = torch.stack([next_token_loss(*part) for part in parts]).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())

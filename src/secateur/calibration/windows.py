@@ -88,6 +88,12 @@ class Windows:
         parts = self._part(slice(first)), self._part(slice(first, None))
         return tuple(Windows.of(part.ids, part.mask, self.source) for part in parts)  # type: ignore[return-value]
 
+    def turn(self, number: int, size: int) -> Windows:
+        """Part `number` of `size` windows, going round: the first come again after the last."""
+        rows = torch.arange(number * size, (number + 1) * size) % len(self)
+        mask = None if self.mask is None else self.mask[rows]
+        return Windows.of(self.ids[rows], mask, self.source)
+
     def shard(self, rank: int, world: int) -> Windows:
         """The consecutive windows of one of `world` processes. Raises `CalibrationError` if it gets none."""
         if len(self) < world:

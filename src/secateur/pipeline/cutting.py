@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,53 @@ from secateur.anatomy.resized import resized_config
 from secateur.anatomy.resolve import resolve_config
 from secateur.calibration.driver import OpenBlock
 from secateur.checkpoint.writer import read_part
+from secateur.core.errors import RecipeError
 from secateur.pipeline.matrices import statistics_of
+from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Run, part_name
 from secateur.report.model import Block, Layer
 from secateur.structure.allocation import Scored
-from secateur.structure.base import StructureMethod
+from secateur.structure.base import UnitMethod
 from secateur.structure.compensation import DAMPING, mean_bias, refit
 from secateur.structure.units import Units, kept_spaces
 
-__all__ = ["Choice", "Cutter"]
+__all__ = ["UNEQUAL", "Choice", "Cutter", "groups_of", "require_sizes"]
+
+UNEQUAL = "Blocks differ in size: load it after `import secateur`, or with trust_remote_code=True."
+
+
+def groups_of(opened: Opened, method: UnitMethod) -> list[tuple[int, Units]]:
+    """Block and units of all that may go.
+
+    Raises:
+        RecipeError: there is nothing of that kind.
+    """
+    blocks = opened.anatomy.blocks
+    competing = method.open_blocks(len(blocks))
+    if not competing:
+        raise RecipeError(
+            f"protect_first={method.protect_first:g} and protect_last={method.protect_last:g}",
+            f"shares that leave some of the {len(blocks)} blocks",
+            "lower them",
+        )
+    groups = [(index, units) for index in competing for units in method.units(blocks[index])]
+    if not groups:
+        raise RecipeError(
+            f"method {method.id!r} on {opened.anatomy.family!r}",
+            "a model with channels or heads that one matrix collects",
+            "prune single weights: wanda",
+        )
+    return groups
+
+
+def require_sizes(opened: Opened, groups: Sequence[tuple[int, Units]], kept: Sequence[Tensor]) -> None:
+    """Refuse, before anything is read, sizes that no class of this family can have. Raises `AnatomyError`."""
+    blocks = opened.anatomy.blocks
+    spaces: list[dict[str, int]] = [{} for _ in blocks]
+    for (index, units), stays in zip(groups, kept, strict=True):
+        spaces[index] |= {space: len(at) for space, at in kept_spaces(units, stays).items()}
+    shapes = [cut_shapes(block, own) for block, own in zip(blocks, spaces, strict=True)]
+    resized_config(opened.checkpoint.config, opened.anatomy, spaces, shapes)
 
 
 @dataclass(frozen=True)
@@ -54,7 +92,7 @@ class Cutter:
         AnatomyError: sizes that no class of this family can have.
     """
 
-    def __init__(self, run: Run, method: StructureMethod, choices: list[Choice]) -> None:
+    def __init__(self, run: Run, method: UnitMethod, choices: list[Choice]) -> None:
         self.run, self.method = run, method
         self.blocks = run.opened.anatomy.blocks
         self.choices = [[choice for choice in choices if choice.scored.block == b.index] for b in self.blocks]
@@ -97,11 +135,14 @@ class Cutter:
     def _cut(self, opened: OpenBlock, refits: bool) -> dict[str, Any]:
         started = time.perf_counter()
         own = self.choices[opened.index]
-        notes = self._refit(opened) if refits else [{} for _ in own]
+        notes = self._refit(opened) if refits and own else [{} for _ in own]
         _, whole = self.run.as_stored(opened)
         smaller = cut_block(opened.block, whole, self.kept[opened.index])
         for choice in own:
             self._add_bias(choice, whole, smaller)
+        for name in self.biases:  # blocks that are left whole have them too
+            weight = smaller[f"{name}.weight"]
+            smaller.setdefault(f"{name}.bias", weight.new_zeros(weight.shape[0]))
         loss = opened.finish()
         rows = [
             self._row(choice, note).model_dump(mode="json") for choice, note in zip(own, notes, strict=True)

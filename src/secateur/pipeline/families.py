@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from secateur.core.method import METHODS, Method
+from secateur.pipeline.adaptive_run import check_adaptive, prune_adaptive
 from secateur.pipeline.depth_run import check_depth, prune_depth
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import check_structure, prune_structure
 from secateur.pipeline.weights_run import check_weights, prune_weights
 from secateur.recipe import Recipe
-from secateur.structure.base import DepthMethod, StructureMethod
+from secateur.structure.base import AdaptiveMethod, DepthMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["checked_method", "prune_blocks_of"]
@@ -35,6 +36,7 @@ class _Way(NamedTuple):
 WAYS = (
     _Way(WeightMethod, check_weights, prune_weights),
     _Way(StructureMethod, check_structure, prune_structure),
+    _Way(AdaptiveMethod, check_adaptive, prune_adaptive),
     _Way(DepthMethod, check_depth, prune_depth),
 )
 """The first whose base class a method has is its way."""

@@ -13,6 +13,7 @@ from secateur.anatomy.model import Anatomy, Block
 from secateur.calibration.driver import BATCH_TOKENS
 from secateur.core.method import Method
 from secateur.core.numerics import exact_products
+from secateur.core.statistics import BACKWARD
 from secateur.evaluation.memory import available_memory_bytes
 from secateur.pipeline.data import window_length
 from secateur.pipeline.families import checked_method
@@ -157,7 +158,7 @@ def _operations(anatomy: Anatomy, method: Method, tokens: int, evaluation_tokens
     total = forward * 2 * evaluation_tokens
     if method.statistics:
         total += forward * 2 * tokens
-    if "gradient" in method.statistics:
+    if method.statistics & BACKWARD:
         total += forward * 4 * tokens
     if "hessian" in method.statistics:
         for block in anatomy.blocks:

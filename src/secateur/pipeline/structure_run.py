@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,23 +11,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from secateur.anatomy.cut import cut_shapes
-from secateur.anatomy.resized import is_stock, resized_config
+from secateur.anatomy.resized import is_stock
 from secateur.calibration.driver import OpenBlock
-from secateur.core.errors import InputError, RecipeError
-from secateur.pipeline.cutting import Choice, Cutter
+from secateur.core.errors import InputError
+from secateur.core.statistics import BACKWARD, Statistic
+from secateur.pipeline.cutting import UNEQUAL, Choice, Cutter, groups_of, require_sizes
 from secateur.pipeline.matrices import generator_for, statistics_of
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import SCORES, Outcome, Run
+from secateur.pipeline.unit_gradients import unit_gradients
 from secateur.pipeline.watching import BlockWatch
 from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod, UnitProblem
-from secateur.structure.units import Units, kept_spaces, producers
+from secateur.structure.units import Units, producers
 
 __all__ = ["check_structure", "prune_structure"]
-
-UNEQUAL = "Blocks differ in size: load it after `import secateur`, or with trust_remote_code=True."
 
 
 def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> None:
@@ -37,16 +37,12 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
         AnatomyError: a family whose blocks cannot have the sizes.
         InputError: scores of another model or method.
     """
-    groups = _groups(opened, method)
+    groups = groups_of(opened, method)
     flat = [Scored(index, units, torch.zeros(units.count)) for index, units in groups]
     blocks = opened.anatomy.blocks
     sizes = [block.size for block in blocks]
     kept = allocate(flat, sizes, recipe.resolved_sparsity, method, torch.zeros(len(blocks)))
-    spaces: list[dict[str, int]] = [{} for _ in blocks]
-    for (index, units), stays in zip(groups, kept, strict=True):
-        spaces[index] |= {space: len(at) for space, at in kept_spaces(units, stays).items()}
-    shapes = [cut_shapes(block, own) for block, own in zip(blocks, spaces, strict=True)]
-    resized_config(opened.checkpoint.config, opened.anatomy, spaces, shapes)
+    require_sizes(opened, groups, kept)
     if recipe.scores is not None:
         _given(opened, method, Path(recipe.scores))
 
@@ -56,7 +52,7 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     blocks = run.opened.anatomy.blocks
     found = _scores(run, method)
     scored = [
-        Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in _groups(run.opened, method)
+        Scored(index, units, found[f"{index}.{units.kind}"]) for index, units in groups_of(run.opened, method)
     ]
     sizes = [block.size for block in blocks]
     kept = allocate(scored, sizes, run.recipe.resolved_sparsity, method, found.get("turns"))
@@ -79,17 +75,6 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     )
 
 
-def _groups(opened: Opened, method: StructureMethod) -> list[tuple[int, Units]]:
-    groups = [(block.index, units) for block in opened.anatomy.blocks for units in method.units(block)]
-    if not groups:
-        raise RecipeError(
-            f"method {method.id!r} on {opened.anatomy.family!r}",
-            "a model with channels or heads that one matrix collects",
-            "prune single weights: wanda",
-        )
-    return groups
-
-
 def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     """Scores (`3.ffn`) and mean inputs (`3.ffn.mean`), from one pass over the dense model unless they are
     given, or left by the run that was interrupted."""
@@ -100,11 +85,16 @@ def _scores(run: Run, method: StructureMethod) -> dict[str, Tensor]:
 
 def _score(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
+    groups = groups_of(run.opened, method)
     driver, watch = run.driver(), BlockWatch() if method.spread == "sigmoid" else None
-    blocks = driver.blocks(forward=bool(method.statistics or watch), outputs=watch is not None)
+    gradients: Mapping[str, Mapping[Statistic, Tensor]] = {}
+    if method.statistics & BACKWARD:
+        gradients = unit_gradients(driver, method, groups, run.scratch, run.progress).units
+    forward = bool(method.statistics - BACKWARD or watch)
     with run.progress.task(f"scoring with {method.id}", len(run.opened.anatomy.blocks)) as task:
-        for opened in blocks:
-            found |= _score_block(run, method, opened)
+        for opened in driver.blocks(forward=forward, outputs=watch is not None):
+            kinds = [units for index, units in groups if index == opened.index]
+            found |= _score_block(run, method, opened, kinds, gradients)
             if watch:
                 watch.next_block()
             opened.finish(watch)
@@ -140,27 +130,33 @@ def _given(opened: Opened, method: StructureMethod, path: Path) -> dict[str, Ten
 
 def _needed(opened: Opened, method: StructureMethod) -> list[str]:
     """What a file of scores must hold for these options."""
-    names = [f"{index}.{units.kind}" for index, units in _groups(opened, method)]
+    names = [f"{index}.{units.kind}" for index, units in groups_of(opened, method)]
     means = [f"{name}.mean" for name in names] if method.compensate == "bias" else []
     return [*names, *means, *(["turns"] if method.spread == "sigmoid" else [])]
 
 
-def _score_block(run: Run, method: StructureMethod, opened: OpenBlock) -> dict[str, Tensor]:
-    needs, kinds = method.statistics, method.units(opened.block)
+def _score_block(
+    run: Run,
+    method: StructureMethod,
+    opened: OpenBlock,
+    kinds: Sequence[Units],
+    gradients: Mapping[str, Mapping[Statistic, Tensor]],
+) -> dict[str, Tensor]:
+    needs = method.statistics - BACKWARD
     sites = {units.writer.input for units in kinds}
-    observed = opened.observe(needs, sites=sites, record_output=False) if needs else {}
+    observed = opened.observe(needs, sites=sites, record_output=False) if needs and kinds else {}
     found: dict[str, Tensor] = {}
     for units in kinds:
         name = f"{opened.index}.{units.kind}"
         inputs = statistics_of(units.writer, observed)
-        weight = units.writer.view(opened.parameters).float()
         problem = UnitProblem(
             name,
             units,
-            weight,
+            units.writer.view(opened.parameters).float(),
             inputs,
             generator_for(run.recipe.seed, name),
             producers(opened.block, opened.parameters, units),
+            gradients.get(name, {}),
         )
         found[name] = method.score(problem).float().cpu()
         if inputs.mean is not None:
