@@ -38,9 +38,7 @@ def collect(
     **options: Any,
 ) -> Taylor:
     spaces = options.pop("spaces", [SPACES] * model.config.num_hidden_layers)
-    return collect_taylor(
-        MemorySource(model), windows, terms=terms, spaces=spaces, scratch=folder, **options
-    )
+    return collect_taylor(MemorySource(model), windows, terms=terms, spaces=spaces, scratch=folder, **options)
 
 
 def gradients(model: PreTrainedModel, windows: Windows) -> list[dict[str, Tensor]]:
@@ -82,7 +80,9 @@ def by_autograd(
 def require_close(own: list[MemberTerms], other: list[MemberTerms]) -> None:
     for a, b in zip(own, other, strict=True):
         for term, values in a.terms.items():
-            torch.testing.assert_close(values, b.terms[term], rtol=1e-5, atol=1e-5 * float(values.abs().max()))
+            torch.testing.assert_close(
+                values, b.terms[term], rtol=1e-5, atol=1e-5 * float(values.abs().max())
+            )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "opt", "gemma2"])
@@ -138,7 +138,9 @@ def test_sequences_together_say_the_same_as_one_by_one(tmp_path: Path) -> None:
     found = gradients(model, windows)
     prefix = MemorySource(model).anatomy.blocks[1].prefix
     for own, other in zip(together.blocks[1], single.blocks[1], strict=True):
-        torch.testing.assert_close(own.terms["taylor_first"], other.terms["taylor_first"], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(
+            own.terms["taylor_first"], other.terms["taylor_first"], rtol=1e-4, atol=1e-9
+        )
         expected = by_autograd(model, prefix, own.member, found)["taylor_first"]
         torch.testing.assert_close(own.terms["taylor_first"], expected, rtol=1e-4, atol=1e-9)
 
@@ -242,5 +244,7 @@ def test_a_quadratic_loss_is_deleted_as_predicted(tmp_path: Path) -> None:
     torch.testing.assert_close(exact, second - terms["taylor_vector"], rtol=1e-6, atol=1e-9)
     at_optimum = reduced(weight, (inputs @ weight - targets)[:, None] * inputs, tmp_path)
     variance = (inputs @ weight - targets).square().mean()
-    torch.testing.assert_close(at_optimum["taylor_second"] / variance / 2, deleted(weight), rtol=0.1, atol=1e-4)
+    torch.testing.assert_close(
+        at_optimum["taylor_second"] / variance / 2, deleted(weight), rtol=0.1, atol=1e-4
+    )
     assert torch.equal(at_optimum["taylor_second"].argsort(), deleted(weight).argsort())

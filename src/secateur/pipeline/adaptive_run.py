@@ -88,7 +88,7 @@ def _begun(opened: Opened, method: AdaptiveMethod, recipe: Recipe) -> Shrinking:
 def _steps(run: Run, method: AdaptiveMethod) -> tuple[Shrinking, dict[str, Tensor]]:
     """All steps, and a row a step of `moves`, `increments` and `targets`, (steps, blocks), and `loss`."""
     state, history = _resumed(run, method)
-    expected = math.ceil(run.recipe.resolved_sparsity / method.step)
+    expected = math.ceil(state.budget / state.most / method.step) if state.most else 0
     with run.progress.task(f"steps of {method.id}", expected) as task:
         task.advance(state.steps)
         while blocks := state.open_blocks:

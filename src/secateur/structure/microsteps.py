@@ -46,7 +46,9 @@ class Shrinking:
     @property
     def most(self) -> int:
         """Parameters that can go at all."""
-        return sum(self._most(units) * units.parameters for _, units in self.groups)
+        whole = Shrinking(self.groups, len(self.targets), 0, self.method)
+        levels = (whole._levels(number)[-1:].sum() for number in range(len(self.groups)))
+        return sum(int(gone) * group[1].parameters for gone, group in zip(levels, self.groups, strict=True))
 
     @property
     def freed(self) -> int:
