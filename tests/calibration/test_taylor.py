@@ -218,8 +218,8 @@ def reduced(weight: Tensor, each: Tensor, tmp_path: Path) -> dict[Statistic, Ten
 
 
 def test_a_quadratic_loss_is_deleted_as_predicted(tmp_path: Path) -> None:
-    """L = mean (x w - y)^2 / 2 with independent features: deleting w_i costs -g_i w_i + w_i H_ii w_i / 2. At the
-    optimum with noise of variance s^2, A is s^2 H, so that the second order ranks as the truth does."""
+    """L = mean (x w - y)^2 / 2 with independent features: deleting w_i costs -g_i w_i + w_i H_ii w_i / 2. At
+    the optimum with noise of variance s^2, A is s^2 H: the second order ranks as the truth does."""
     generator = torch.Generator().manual_seed(0)
     count, samples = 12, 20_000
     inputs, _ = torch.linalg.qr(torch.randn(samples, count, generator=generator).double())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def test_stages_run_through_the_curve_of_a_single_run(curve: Curve) -> None:
         ]
         start += size
     assert staged == single
-    jumps = [abs(after - before) for before, after in zip(single, single[1:], strict=False)]
+    jumps = [abs(after - before) for before, after in itertools.pairwise(single)]
     assert max(jumps) <= 2e-5 / 50 * 1.001  # nowhere steeper than the warm-up
     assert max(single) == 2e-5
     assert single[-1] == pytest.approx(2e-6)

@@ -1,4 +1,4 @@
-"""LLM-Pruner's scores: dead units, the right credit for heads, invariances, and the truth on a trained model."""
+"""LLM-Pruner's scores: dead units, the right credit for heads, invariances, and a trained model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from secateur.calibration.windows import Windows
 from secateur.checkpoint.locate import locate
 from secateur.core.errors import RecipeError
 from secateur.structure.llm_pruner import LlmPruner
@@ -74,7 +75,7 @@ def test_the_root_of_attention_is_the_key_and_the_writer_comes_last() -> None:
 
 @pytest.mark.parametrize("head", range(8))
 def test_a_query_head_protects_the_group_it_reads(head: int) -> None:
-    """Eight query heads on two key-value heads: 0 to 3 read the first. The published code credits head % 2."""
+    """Eight query heads on two key-value heads: 0 to 3 read the first. Published code credits head % 2."""
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight *= 0.1
@@ -159,8 +160,6 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 def test_scores_rank_like_the_true_loss_on_a_trained_model() -> None:
     """Every eighth channel of two blocks is taken out for real."""
-    from secateur.calibration.windows import Windows
-
     model = AutoModelForCausalLM.from_pretrained(locate("seedling"), dtype=torch.float32).eval()
     windows = Windows.of(windows_of_text(model))
     units = list(range(0, 384, 8))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from secateur.core.method import Method
 from secateur.core.statistics import Statistic
-from secateur.structure.base import UnitMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ TERMS: Mapping[str, Statistic] = {
 }
 
 
-class TaylorScore(UnitMethod):
+class TaylorScore(Method):
     """Part of the methods that rank units by Taylor expansion of the loss."""
 
     needs: ClassVar[frozenset[Statistic]] = frozenset({"taylor_first"})
