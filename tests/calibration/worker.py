@@ -14,7 +14,9 @@ from secateur.calibration.distributed import Group
 from secateur.calibration.driver import Driver
 from secateur.calibration.gradients import collect_gradients
 from secateur.calibration.source import MemorySource
+from secateur.calibration.taylor import collect_taylor
 from secateur.calibration.windows import Windows
+from secateur.core.statistics import BACKWARD
 
 FAMILY = "qwen3_moe"
 COUNT = 5
@@ -25,7 +27,7 @@ def windows() -> Windows:
 
 
 def results(part: Windows, group: Group | None, folder: Path) -> dict[str, Tensor]:
-    """Statistics, errors and gradients by name."""
+    """Statistics, errors, gradients and Taylor terms by name."""
     found: dict[str, Tensor] = {}
     for block in Driver(MemorySource(tiny_model(FAMILY)), part, batch_size=1, group=group).blocks():
         for site, several in block.observe({"second_moment", "mean", "hessian"}).items():
@@ -42,6 +44,18 @@ def results(part: Windows, group: Group | None, folder: Path) -> dict[str, Tenso
     )
     found["meta"] = torch.tensor([store.meta[key] for key in ("sequences", "tokens", "loss")])
     found |= {f"gradient.{name}": tensor for name, tensor in store.load(1).items()}
+    taylor = collect_taylor(
+        MemorySource(tiny_model("llama")),
+        part,
+        terms=BACKWARD - {"gradient"},
+        spaces=[["ffn", "heads"]] * 2,
+        scratch=folder,
+        budget_bytes=1,
+        group=group,
+    )
+    found["taylor.loss"] = torch.tensor(taylor.loss)
+    for one in taylor.blocks[0]:
+        found |= {f"taylor.{one.member.module}.{term}": values for term, values in one.terms.items()}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 

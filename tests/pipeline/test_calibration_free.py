@@ -17,6 +17,7 @@ from secateur.anatomy.resolve import resolve
 from secateur.checkpoint.reader import Checkpoint
 from secateur.cli.app import run
 from secateur.core.errors import CalibrationError, InputError
+from secateur.pipeline.draft import groups_of
 from secateur.pipeline.opened import open_model
 from secateur.pipeline.state import Run
 from secateur.pipeline.unit_weights import UnitWeights
@@ -189,14 +190,14 @@ def test_weights_come_back_the_same_whether_they_are_kept_or_read_again(
         return read(self, wanted)
 
     monkeypatch.setattr(Checkpoint, "read", noted)
-    kept = UnitWeights(opened, PruneNet(), 0, torch.device("cpu"))
+    kept = UnitWeights(opened, groups_of(opened, PruneNet()), 0, torch.device("cpu"))
     first = [problem.weight for problem in kept]
     assert len(names) == 3 * len(kept) == 9
     assert all(".mlp." in name for name in names)
     again = [problem.weight for problem in kept]
     assert len(names) == 9
     monkeypatch.setattr("secateur.pipeline.unit_weights.MEMORY_FRACTION", 0)
-    anew = UnitWeights(opened, PruneNet(), 0, torch.device("cpu"))
+    anew = UnitWeights(opened, groups_of(opened, PruneNet()), 0, torch.device("cpu"))
     for _ in range(2):
         for one, other, third in zip(first, again, anew, strict=True):
             assert torch.equal(one, other)

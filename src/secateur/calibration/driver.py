@@ -19,7 +19,7 @@ from secateur.calibration.probes import Probes, SeenError
 from secateur.calibration.source import BlockSource
 from secateur.calibration.windows import Windows
 from secateur.core.progress import SILENT, Progress, track
-from secateur.core.statistics import InputStatistics, Statistic
+from secateur.core.statistics import BACKWARD, InputStatistics, Statistic
 
 __all__ = ["Driver", "OpenBlock", "Watch"]
 
@@ -154,7 +154,7 @@ class OpenBlock:
         """Run the block as it is on all windows.
 
         Args:
-            needs: statistics wanted; `gradient` is none that a forward can give and is left out.
+            needs: statistics wanted; those that take gradients are left out.
             sites: where to look; by default at every site of the block.
             record_output: keep the output of the first batch, for the error that `finish` returns.
 
@@ -164,7 +164,7 @@ class OpenBlock:
         held = self._held
         if held is None:
             raise RuntimeError("a pass without activations observes nothing")
-        wanted = frozenset(needs) - {"gradient"}
+        wanted = frozenset(needs) - BACKWARD
         first = held.batches[0]
         if not wanted:
             self._dense = held.run(first, self.index, self.module) if record_output else None

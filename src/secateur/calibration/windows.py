@@ -98,6 +98,12 @@ class Windows:
         mask = None if self.mask is None else self.mask[rows]
         return replace(self, ids=self.ids[rows], mask=mask)
 
+    def turn(self, number: int, size: int) -> Windows:
+        """Part `number` of `size` windows, going round: the first come again after the last."""
+        rows = torch.arange(number * size, (number + 1) * size) % len(self)
+        part = self.chosen(rows.tolist())
+        return Windows.of(part.ids, part.mask, part.source)
+
     def shard(self, rank: int, world: int) -> Windows:
         """The consecutive windows of one of `world` processes. Raises `CalibrationError` if it gets none."""
         if not len(self):

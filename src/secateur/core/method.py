@@ -22,6 +22,8 @@ ROOMS = {
         "flap",
         "osscar",
         "cfsp",
+        "llm-pruner",
+        "adapt-pruner",
         "shortgpt",
         "blockpruner",
         "tyr",

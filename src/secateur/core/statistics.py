@@ -1,4 +1,4 @@
-"""What calibration tells a method about one matrix: plain tensors, no model."""
+"""What calibration tells a method about one matrix or kind of unit: plain tensors, no model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["InputStatistics", "Statistic"]
+__all__ = ["BACKWARD", "InputStatistics", "Statistic"]
 
-Statistic = Literal["second_moment", "mean", "hessian", "gradient"]
+Statistic = Literal[
+    "second_moment",
+    "mean",
+    "hessian",
+    "gradient",
+    "taylor_vector",
+    "taylor_first",
+    "taylor_sample",
+    "taylor_second",
+    "taylor_mixed",
+]
+
+BACKWARD: frozenset[Statistic] = frozenset(
+    {"gradient", "taylor_vector", "taylor_first", "taylor_sample", "taylor_second", "taylor_mixed"}
+)
+"""What comes from gradients of the loss; the rest is seen on the way forward."""
 
 
 @dataclass

@@ -111,7 +111,7 @@ def _encoded(gguf: Any, entry: Entry, stored: str) -> Any:
     if stored in FLOATS:
         return _as_float(entry, tensor, FLOATS[stored])
     rows = tensor.reshape(-1, entry.shape[-1])
-    pieces = rows.split(max(PIECE // entry.shape[-1], 1))
+    pieces = torch.split(rows, max(PIECE // entry.shape[-1], 1))
     kind = getattr(gguf.GGMLQuantizationType, stored.upper())
     return np.concatenate([gguf.quants.quantize(piece.float().numpy(), kind) for piece in pieces])
 

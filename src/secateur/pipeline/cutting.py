@@ -20,7 +20,7 @@ from secateur.pipeline.matrices import generator_for, statistics_of
 from secateur.pipeline.state import Run, part_name
 from secateur.report.model import Block, Layer
 from secateur.structure.allocation import Scored
-from secateur.structure.base import StructureMethod, UnitProblem
+from secateur.structure.base import UnitMethod, UnitProblem
 from secateur.structure.compensation import DAMPING, mean_bias, refit
 from secateur.structure.units import Units, kept_spaces
 
@@ -49,7 +49,7 @@ class Choice:
 class Cutter:
     """Knows the files that come out before a block is cut."""
 
-    def __init__(self, run: Run, method: StructureMethod, choices: list[Choice], planned: Draft) -> None:
+    def __init__(self, run: Run, method: UnitMethod, choices: list[Choice], planned: Draft) -> None:
         self.run, self.method, self.sparsity = run, method, planned.sparsity
         self.blocks = run.opened.anatomy.blocks
         self.choices = [[choice for choice in choices if choice.scored.block == b.index] for b in self.blocks]
@@ -85,7 +85,7 @@ class Cutter:
     def _cut(self, opened: OpenBlock, refits: bool) -> dict[str, Any]:
         started = time.perf_counter()
         planned = self.choices[opened.index]
-        notes = self._refit(opened) if refits else [{} for _ in planned]
+        notes = self._refit(opened) if refits and planned else [{} for _ in planned]
         _, whole = self.run.as_stored(opened)
         smaller = cut_block(opened.block, whole, self.kept[opened.index])
         for name, shape in self.smaller.blocks[opened.index].parameters.items():

@@ -18,7 +18,7 @@ from secateur.pipeline.opened import Opened
 from secateur.pipeline.result import Group, Result, new_biases, unit_bytes
 from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, allocate
-from secateur.structure.base import StructureMethod
+from secateur.structure.base import StructureMethod, UnitMethod
 from secateur.structure.goal import Goal
 from secateur.structure.groups import floor_of
 from secateur.structure.knapsack import loss_curves
@@ -41,7 +41,7 @@ class Draft:
     """
 
     opened: Opened
-    method: StructureMethod
+    method: UnitMethod
     scored: Sequence[Scored]
     kept: Sequence[Tensor]
     sparsity: float
@@ -104,6 +104,7 @@ class Draft:
 
     def score_lost(self, kept: Sequence[Tensor]) -> float:
         """Loss of a plan in terms of the scores (see `StructureMethod.losses`)."""
+        assert isinstance(self.method, StructureMethod)  # others have no plan that is nearest
         curves = loss_curves(self.scored, self.method)
         return sum(
             float(curve[group.units.count - len(stays)])
@@ -143,9 +144,17 @@ class Draft:
         return Result.of(self.opened, groups, kept, new_biases(self.opened, groups, self.method))
 
 
-def groups_of(opened: Opened, method: StructureMethod) -> list[Group]:
+def groups_of(opened: Opened, method: UnitMethod) -> list[Group]:
     """All units of the model that compete. Raises `RecipeError` where there are none."""
-    groups = [(block.index, units) for block in opened.anatomy.blocks for units in method.units(block)]
+    blocks = opened.anatomy.blocks
+    competing = method.open_blocks(len(blocks))
+    if not competing:
+        raise RecipeError(
+            f"protect_first={method.protect_first:g} and protect_last={method.protect_last:g}",
+            f"shares that leave some of the {len(blocks)} blocks",
+            "lower them",
+        )
+    groups = [(index, units) for index in competing for units in method.units(blocks[index])]
     if not groups:
         raise RecipeError(
             f"method {method.id!r} on {opened.anatomy.family!r}",

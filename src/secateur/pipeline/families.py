@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from secateur.core.errors import RecipeError
 from secateur.core.method import METHODS, Method
 from secateur.core.progress import Progress
+from secateur.pipeline.adaptive_run import check_adaptive, prune_adaptive
 from secateur.pipeline.decode_costs import DecodeTable
 from secateur.pipeline.depth_run import check_depth, prune_depth
 from secateur.pipeline.opened import Opened
@@ -18,7 +19,7 @@ from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import check_structure, decode_table, prune_structure, structure_observes
 from secateur.pipeline.weights_run import check_weights, prune_weights, weights_observe
 from secateur.recipe import Recipe
-from secateur.structure.base import DepthMethod, PieceMethod, SearchMethod, StructureMethod
+from secateur.structure.base import AdaptiveMethod, DepthMethod, PieceMethod, SearchMethod, StructureMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["checked_method", "measured_decode", "observes", "prune_blocks_of"]
@@ -46,6 +47,7 @@ WAYS = (
     _Way(WeightMethod, check_weights, prune_weights, weights_observe),
     _Way(SearchMethod, check_search, prune_search),
     _Way(StructureMethod, check_structure, prune_structure, structure_observes, budgets=True),
+    _Way(AdaptiveMethod, check_adaptive, prune_adaptive),
     _Way(DepthMethod, check_depth, prune_depth),
     _Way(PieceMethod, check_pieces, prune_pieces),
 )

@@ -13,6 +13,7 @@ from secateur.anatomy.model import Anatomy, Block
 from secateur.calibration.driver import BATCH_TOKENS
 from secateur.core.method import Method
 from secateur.core.numerics import exact_products
+from secateur.core.statistics import BACKWARD
 from secateur.evaluation.memory import available_memory_bytes
 from secateur.formats.loads_in import loads_in
 from secateur.pipeline.data import window_length
@@ -176,7 +177,7 @@ def _operations(anatomy: Anatomy, method: Method, tokens: int, evaluation_tokens
     total = forward * 2 * evaluation_tokens
     if method.statistics:
         total += forward * 2 * tokens
-    if "gradient" in method.statistics:
+    if method.statistics & BACKWARD:
         total += forward * 4 * tokens
     if isinstance(method, SearchMethod):
         total += forward * method.tokens_judged

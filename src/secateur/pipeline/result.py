@@ -15,7 +15,7 @@ from secateur.anatomy.model import Anatomy, Shape
 from secateur.anatomy.resized import is_stock, resized_config
 from secateur.anatomy.resolve import resolve_config
 from secateur.pipeline.opened import Opened
-from secateur.structure.base import StructureMethod
+from secateur.structure.base import UnitMethod
 from secateur.structure.units import Units, kept_spaces
 
 __all__ = ["Group", "Result", "element_bytes", "new_biases", "unit_bytes"]
@@ -103,7 +103,7 @@ def _beside(bias: str) -> str:
     return f"{bias.removesuffix('bias')}weight"
 
 
-def new_biases(opened: Opened, groups: Sequence[Group], method: StructureMethod) -> list[str]:
+def new_biases(opened: Opened, groups: Sequence[Group], method: UnitMethod) -> list[str]:
     """Matrices that get a bias which no block has yet, the same in all blocks."""
     if method.compensate != "bias":
         return []

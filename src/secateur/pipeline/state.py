@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateur.calibration.distributed import Group
 from secateur.calibration.driver import Driver, OpenBlock
+from secateur.calibration.windows import Windows
 from secateur.checkpoint.safetensors_file import read_tensors, save_tensors, torch_dtype
 from secateur.checkpoint.safetensors_header import read_header
 from secateur.checkpoint.writer import CheckpointWriter
@@ -49,9 +50,14 @@ class Run:
     writer: CheckpointWriter | None
     decode: DecodeTable | None = None
 
-    def driver(self, read: Callable[[int], dict[str, Tensor] | None] | None = None) -> Driver:
-        """A fresh pass over the blocks; `read(i)` supplies blocks that are already pruned."""
-        windows = self.data.calibration
+    def driver(
+        self,
+        read: Callable[[int], dict[str, Tensor] | None] | None = None,
+        windows: Windows | None = None,
+    ) -> Driver:
+        """A fresh pass over the blocks; `read(i)` supplies blocks that are already pruned, `windows` others
+        than those of the run."""
+        windows = windows or self.data.calibration
         if self.group:
             windows = windows.shard(self.group.rank, self.group.world)
         source = self.opened.source(self.device, self.dtype, read=read)

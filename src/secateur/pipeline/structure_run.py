@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import InputError
 from secateur.core.progress import Progress
-from secateur.core.statistics import InputStatistics
+from secateur.core.statistics import BACKWARD, InputStatistics, Statistic
 from secateur.pipeline.cutting import Choice, Cutter
 from secateur.pipeline.decode_costs import DECODE, DecodeTable, measure_decode
 from secateur.pipeline.draft import Draft, draft, groups_of
@@ -20,12 +21,14 @@ from secateur.pipeline.opened import Opened, choose_device, choose_dtype
 from secateur.pipeline.result import Result, new_biases
 from secateur.pipeline.scores import NO_SCORES, origin_of, read_scores, scores_file
 from secateur.pipeline.state import PLAN, PREPARED, SCORES, UNEQUAL, Outcome, Run
+from secateur.pipeline.unit_gradients import unit_gradients
 from secateur.pipeline.unit_weights import UnitWeights, problems_of, shapes_of
 from secateur.pipeline.watching import BlockWatch, across_ffn
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer, Uniform
 from secateur.report.structure import nearest_words
 from secateur.structure.base import StructureMethod
+from secateur.structure.units import Units
 
 __all__ = [
     "check_structure",
@@ -52,7 +55,7 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
         _ = Result.of(opened, groups, half, new_biases(opened, groups, method)).config_updates
     else:
         _ = draft(opened, method, recipe).result.config_updates
-    method.check(shapes_of(opened, method))
+    method.check(shapes_of(opened, groups_of(opened, method)))
     if recipe.scores is not None:
         given_scores(opened, method, Path(recipe.scores))
 
@@ -136,17 +139,22 @@ def _scores(run: Run, method: StructureMethod) -> tuple[dict[str, Tensor], dict[
 
 def _prepared(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     seed = run.recipe.seed
-    weights = UnitWeights(run.opened, method, seed, run.device)
+    weights = UnitWeights(run.opened, groups_of(run.opened, method), seed, run.device)
     return method.prepare(weights, generator_for(seed, method.id), run.progress)
 
 
 def _score(run: Run, method: StructureMethod, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
+    groups = groups_of(run.opened, method)
     driver, watch = run.driver(), BlockWatch() if method.spread == "sigmoid" else None
-    blocks = driver.blocks(forward=bool(method.statistics or watch), outputs=watch is not None)
+    gradients: Mapping[str, Mapping[Statistic, Tensor]] = {}
+    if method.statistics & BACKWARD:
+        gradients = unit_gradients(driver, method, groups, run.scratch, run.progress).units
+    forward = bool(method.statistics - BACKWARD or watch)
     with run.progress.task(f"scoring with {method.id}", len(run.opened.anatomy.blocks)) as task:
-        for opened in blocks:
-            found |= _score_block(run, method, opened, prepared)
+        for opened in driver.blocks(forward=forward, outputs=watch is not None):
+            kinds = [units for index, units in groups if index == opened.index]
+            found |= _score_block(run, method, opened, kinds, gradients, prepared)
             if watch:
                 watch.next_block()
             across = method.coarse_scope == "mlp"
@@ -161,11 +169,12 @@ def _score(run: Run, method: StructureMethod, prepared: dict[str, Tensor]) -> di
 def _means(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     """Mean inputs alone: biases are made of them, and a plan does not hold them."""
     found: dict[str, Tensor] = {}
+    groups = groups_of(run.opened, method)
     with run.progress.task("observing what goes", len(run.opened.anatomy.blocks)) as task:
         for opened in run.driver().blocks(outputs=False):
-            kinds = method.units(opened.block)
+            kinds = [units for index, units in groups if index == opened.index]
             sites = {units.writer.input for units in kinds}
-            observed = opened.observe({"mean"}, sites=sites, record_output=False)
+            observed = opened.observe({"mean"}, sites=sites, record_output=False) if kinds else {}
             for units in kinds:
                 found[f"{opened.index}.{units.kind}.mean"] = _mean(statistics_of(units.writer, observed))
             opened.finish()
@@ -199,14 +208,19 @@ def _needed(opened: Opened, method: StructureMethod) -> list[str]:
 
 
 def _score_block(
-    run: Run, method: StructureMethod, opened: OpenBlock, prepared: dict[str, Tensor]
+    run: Run,
+    method: StructureMethod,
+    opened: OpenBlock,
+    kinds: Sequence[Units],
+    gradients: Mapping[str, Mapping[Statistic, Tensor]],
+    prepared: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    needs = method.statistics
-    sites = {units.writer.input for units in method.units(opened.block)}
-    observed = opened.observe(needs, sites=sites, record_output=False) if needs else {}
+    needs = method.statistics - BACKWARD
+    sites = {units.writer.input for units in kinds}
+    observed = opened.observe(needs, sites=sites, record_output=False) if needs and kinds else {}
     found: dict[str, Tensor] = {}
-    problems = problems_of(opened.block, opened.parameters, method, run.recipe.seed, observed, prepared)
-    for problem in problems:
+    for problem in problems_of(opened.block, opened.parameters, kinds, run.recipe.seed, observed):
+        problem.prepared, problem.taylor = prepared, gradients.get(problem.name, {})
         found[problem.name] = method.score(problem).float().cpu()
         inputs = problem.inputs
         if inputs.mean is not None:

@@ -11,9 +11,27 @@ from secateur.calibration.distributed import Group
 from secateur.calibration.driver import OpenBlock, Watch
 from secateur.structure.units import units_of
 
-__all__ = ["BlockWatch", "across_ffn"]
+__all__ = ["BlockWatch", "Moves", "across_ffn"]
 
 CHANGES = ("influence", "turns", "mse", "mae")
+
+
+class Moves:
+    """Sees every block's input and output in any number of passes, and how far apart they point."""
+
+    def __init__(self, blocks: int) -> None:
+        self._sums = torch.zeros(blocks, 2, dtype=torch.float64)
+
+    def __call__(self, index: int, batch: Batch, before: Tensor, after: Tensor) -> None:
+        a, b = (normalize(batch.real(hidden).float(), dim=-1) for hidden in (before, after))
+        moves = (a - b).square().sum(-1) / 2  # 1 - cos
+        self._sums[index] += torch.stack([moves.double().sum().cpu(), torch.tensor(float(len(a))).double()])
+
+    def means(self, group: Group | None) -> Tensor:
+        """(blocks,) float64, mean over tokens of 1 - cos(input, output), over all processes."""
+        if group:
+            group.all_reduce(self._sums)
+        return self._sums[:, 0] / self._sums[:, 1]
 
 
 class BlockWatch:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.calibration.gradients import next_token_loss
+from secateur.calibration.backward import next_token_loss
 from secateur.calibration.windows import Windows
 from secateur.core.errors import NumericsError
 from secateur.core.progress import SILENT, Progress, Task

@@ -6,11 +6,11 @@ Counts are exact: what is removed meets the budget to within the cheapest unit, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from secateur.core.errors import RecipeError
-from secateur.structure.base import StructureMethod
+from secateur.structure.base import StructureMethod, UnitMethod
 from secateur.structure.goal import Goal
 from secateur.structure.groups import Scored, comparable, floor_of, lowest, removable, step_of
 from secateur.structure.knapsack import fewest_losses, parameters_left
@@ -19,7 +19,7 @@ from secateur.structure.units import Units
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Scored", "allocate"]
+__all__ = ["Scored", "affordable", "allocate", "require_reached", "require_room"]
 
 TOLERANCE = 0.01
 
@@ -36,7 +36,7 @@ def allocate(
     """Choose what stays.
 
     Args:
-        groups: all units of the model.
+        groups: all units of the model that may go; blocks without any are left whole.
         sizes: parameters of each block; `sparsity` is the fraction of their sum that goes.
         method: its `spread`, `remove_heads`, `min_keep` and `round_to` are respected.
         angles: (L,) how much each block changes the hidden state, for the spread `sigmoid`.
@@ -53,9 +53,10 @@ def allocate(
         return _spent(groups, sizes, budget, method, angles)
 
     if goal is None:
-        _check_possible(groups, sizes, sparsity, method)
+        most = sum(removable(group.units, method) * group.units.parameters for group in groups)
+        require_room(most, sparsity, sum(sizes), method)
         removed = spend(sparsity * sum(sizes))
-        _check_reached(groups, removed, sparsity, sum(sizes), method)
+        _check_reached(groups, [len(gone) for gone in removed], sparsity, sum(sizes), method)
     else:
         _check_reachable(goal, [floor_of(group.units, method) for group in groups], method)
         if method.spread == "knapsack" and method.remove_heads is None:
@@ -74,14 +75,15 @@ def _spent(
 ) -> list[Tensor]:
     """What goes when so many parameters shall go: heads in their own number where one is given, and the rest
     by the method's spread."""
-    share = budget / sum(sizes)
-    budgets = [share * size for size in sizes]
+    blocks = dict.fromkeys(group.block for group in groups)
+    share = budget / sum(sizes[block] for block in blocks)
+    budgets = {block: share * sizes[block] for block in blocks}
     removed: list[Tensor] = [group.scores.new_empty(0).long() for group in groups]
     rest = list(range(len(groups)))
     if method.remove_heads is not None:
         rest = [number for number in rest if groups[number].units.kind.endswith("ffn")]
         heads = [number for number in range(len(groups)) if number not in rest]
-        for number, gone in zip(heads, _heads([groups[n] for n in heads], len(sizes), method), strict=True):
+        for number, gone in zip(heads, _heads([groups[n] for n in heads], method), strict=True):
             removed[number] = gone
             budgets[groups[number].block] -= len(gone) * groups[number].units.parameters
     chosen = _chosen([groups[number] for number in rest], budgets, method, angles) if rest else []
@@ -90,24 +92,11 @@ def _spent(
     return removed
 
 
-def _check_possible(
-    groups: Sequence[Scored], sizes: Sequence[int], sparsity: float, method: StructureMethod
-) -> None:
-    most = sum(removable(group.units, method) * group.units.parameters for group in groups)
-    if sparsity * sum(sizes) > most:
-        raise RecipeError(
-            f"sparsity {sparsity:g}",
-            f"at most {most / sum(sizes):.3f}: the rest is norms and the {method.min_keep} unit(s) of each "
-            "kind that a block keeps",
-            "lower --sparsity or min_keep",
-        )
-
-
 def _chosen(
-    groups: Sequence[Scored], budgets: Sequence[float], method: StructureMethod, angles: Tensor | None
+    groups: Sequence[Scored], budgets: Mapping[int, float], method: StructureMethod, angles: Tensor | None
 ) -> list[Tensor]:
     """The units that go, of these groups; budgets are parameters of each block."""
-    budget = sum(budgets)
+    budget = sum(budgets.values())
     if method.spread == "global":
         removed = _ranked(groups, budget, method, [group.units.parameters for group in groups])
         wanted: list[float] = [len(gone) for gone in removed]
@@ -125,7 +114,7 @@ def _chosen(
     return lowest(groups, counts)
 
 
-def _heads(groups: Sequence[Scored], blocks: int, method: StructureMethod) -> list[Tensor]:
+def _heads(groups: Sequence[Scored], method: StructureMethod) -> list[Tensor]:
     """`method.remove_heads` of all heads: the same number in every block, or the lowest of one ranking
     (flap, section 2.3: UL-MM and AL-MM)."""
     total, most = method.remove_heads or 0, sum(removable(group.units, method) for group in groups)
@@ -137,6 +126,7 @@ def _heads(groups: Sequence[Scored], blocks: int, method: StructureMethod) -> li
         raise RecipeError(f"remove_heads {total}", f"at most {most}", "lower it or min_keep")
     if method.spread == "global":
         return _ranked(groups, total, method, [1] * len(groups))
+    blocks = len({group.block for group in groups})
     if total % blocks:
         near = total // blocks * blocks
         raise RecipeError(
@@ -180,23 +170,54 @@ def _least_spent(
 
 
 def _check_reached(
-    groups: Sequence[Scored], removed: Sequence[Tensor], sparsity: float, total: int, method: StructureMethod
+    groups: Sequence[Scored], counts: Sequence[int], sparsity: float, total: int, method: StructureMethod
 ) -> None:
-    """Refuse a share that whole units do not come near, where no channels are there to make up for heads."""
-    freed = sum(len(gone) * group.units.parameters for group, gone in zip(groups, removed, strict=True))
-    near = freed / total
-    alone = not any(group.units.kind.endswith("ffn") for group in groups)
-    given = method.remove_heads is not None
-    if not (alone or given) or abs(near - sparsity) <= TOLERANCE:
+    if method.remove_heads is None:
+        alone = method.spread in ("global", "knapsack")
+        together = 1 if alone else len({group.block for group in groups})
+        require_reached(groups, counts, sparsity, total, together)
         return
-    if given:
+    near = _freed(groups, counts) / total
+    if abs(near - sparsity) > TOLERANCE:
         raise RecipeError(
             f"remove_heads {method.remove_heads} at sparsity {sparsity:g}",
             f"a number with which channels can meet it: this comes to {near:.3f}",
             "lower or raise remove_heads",
         )
-    step = min(group.units.parameters for group in groups) / total
-    step *= 1 if method.spread == "global" else len({group.block for group in groups})
+
+
+def _freed(groups: Sequence[Scored], counts: Sequence[int]) -> int:
+    return sum(count * group.units.parameters for group, count in zip(groups, counts, strict=True))
+
+
+def require_room(most: int, sparsity: float, total: int, method: UnitMethod) -> None:
+    """Refuse more than the units hold that may go. Raises `RecipeError`."""
+    if sparsity * total > most:
+        raise RecipeError(
+            f"sparsity {sparsity:g}",
+            f"at most {most / total:.3f}: the rest is norms, the {method.min_keep} unit(s) of each "
+            "kind that a block keeps, and blocks left whole",
+            "lower --sparsity or min_keep",
+        )
+
+
+def require_reached(
+    groups: Sequence[Scored], counts: Sequence[int], sparsity: float, total: int, together: int
+) -> None:
+    """Refuse a share that whole units do not come near, where no channels are there to make up for heads.
+
+    Args:
+        counts: units that go of each group.
+        total: parameters that `sparsity` is a fraction of.
+        together: blocks that lose units at the same time.
+
+    Raises:
+        RecipeError: with shares that whole units do make.
+    """
+    near = _freed(groups, counts) / total
+    if any(group.units.kind.endswith("ffn") for group in groups) or abs(near - sparsity) <= TOLERANCE:
+        return
+    step = together * min(group.units.parameters for group in groups) / total
     others = [near - step, near, near + step]
     raise RecipeError(
         f"sparsity {sparsity:g} of heads alone",
@@ -205,27 +226,29 @@ def _check_reached(
     )
 
 
-def _by_angle(groups: Sequence[Scored], budget: float, angles: Tensor, sharpness: float) -> list[float]:
+def _by_angle(groups: Sequence[Scored], budget: float, angles: Tensor, sharpness: float) -> dict[int, float]:
     """Parameters to remove of each block: it keeps in proportion to the sigmoid of its angle (cfsp, 2.2)."""
     import torch
 
     blocks = torch.tensor([group.block for group in groups])
     units = torch.tensor([group.units.count * group.units.parameters for group in groups]).double()
     whole = torch.zeros(len(angles), dtype=torch.float64).index_add(0, blocks, units)
+    present = torch.unique(blocks)
+    whole, angles = whole[present], angles[present]
     kept = 1 - budget / float(whole.sum())
     share = torch.sigmoid(sharpness * (angles - angles.mean()))
     mean, top = share.mean(), share.max()
     if top / mean * kept >= 1:  # no block keeps more than it has
         share = mean + (share - mean) * (mean * (1 / kept - 1) / (top - mean) / 1.05)
         mean = share.mean()
-    return ((1 - share / mean * kept) * whole).tolist()
+    return dict(zip(present.tolist(), ((1 - share / mean * kept) * whole).tolist(), strict=True))
 
 
-def _shares(groups: Sequence[Scored], budgets: Sequence[float], method: StructureMethod) -> list[float]:
+def _shares(groups: Sequence[Scored], budgets: Mapping[int, float], method: StructureMethod) -> list[float]:
     """Units to remove of each group: the kinds of a block share its budget in proportion, the coarsest
     first, so that the finest makes up for what rounding left."""
     shares = [0.0] * len(groups)
-    for block, left in enumerate(budgets):
+    for block, left in budgets.items():
         own = [number for number, group in enumerate(groups) if group.block == block]
         own.sort(key=lambda number: -groups[number].units.parameters)
         while own:
@@ -292,14 +315,21 @@ def _ranked(
     )
     owner = torch.cat([torch.full_like(chosen, number) for number, chosen in enumerate(candidates)])
     costs = torch.tensor(prices)[owner]
-    taken = torch.zeros(len(scores), dtype=torch.bool)
-    order = scores.argsort(stable=True)
-    left = int(budget)
-    while len(order):  # what no longer fits is passed over for what does
-        fits = costs[order].cumsum(0) <= left
-        taken[order[fits]] = True
-        left -= int(costs[order[fits]].sum())
-        order = order[~fits]
-        order = order[costs[order] <= left]
+    taken = affordable(costs, scores.argsort(stable=True), int(budget))
     positions = torch.cat(candidates)
     return [positions[taken & (owner == number)] for number in range(len(groups))]
+
+
+def affordable(costs: Tensor, order: Tensor, budget: int) -> Tensor:
+    """Which of the items, int64 `costs`, fit into the budget when taken in this order; what no longer fits is
+    passed over for what does. Bool, (n,)."""
+    import torch
+
+    taken = torch.zeros(len(costs), dtype=torch.bool)
+    while len(order):
+        fits = costs[order].cumsum(0) <= budget
+        taken[order[fits]] = True
+        budget -= int(costs[order[fits]].sum())
+        order = order[~fits]
+        order = order[costs[order] <= budget]
+    return taken

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WHOLE",
+    "AdaptiveMethod",
     "BlockStates",
     "Compensation",
     "DepthMethod",
@@ -29,6 +30,7 @@ __all__ = [
     "SearchMethod",
     "Spread",
     "StructureMethod",
+    "UnitMethod",
     "UnitProblem",
     "register",
 ]
@@ -52,6 +54,8 @@ class UnitProblem:
         inputs: what was observed of its input; sums over tokens.
         generator: seeded for these very units.
         prepared: what the method's `prepare` gave.
+        taylor: by `taylor_` statistic, (members, count) float64: of every matrix of the units (with its
+            biases), what the loss feels of each; the first is the root, a producer.
     """
 
     name: str
@@ -61,10 +65,48 @@ class UnitProblem:
     generator: torch.Generator
     producers: Sequence[Tensor] = ()
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    taylor: Mapping[Statistic, Tensor] = field(default_factory=dict)
 
 
-class StructureMethod(Method):
-    """Base of the methods that remove channels and heads.
+class UnitMethod(Method):
+    """Base of the methods that remove channels and heads."""
+
+    family: ClassVar[str] = "structure"
+    removes: ClassVar[str] = "attention heads with their key-value head, and feed-forward channels"
+    effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
+
+    targets: Targets = Field("all", description="all, feed-forward channels alone, or heads alone")
+    compensate: Compensation = Field(
+        "none", description="none, bias (mean output) or least_squares (refit on what stays)"
+    )
+    min_keep: int = Field(1, ge=1, description="units of a kind that every block keeps at least")
+    round_to: int = Field(1, ge=1, description="widths of feed-forward parts stay multiples of this")
+    protect_first: float = Field(0, ge=0, le=1, description="share of the blocks, from the first, left whole")
+    protect_last: float = Field(0, ge=0, le=1, description="share of the blocks, from the last, left whole")
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return self.needs | {"mean"} if self.compensate == "bias" else self.needs
+
+    def open_blocks(self, count: int) -> range:
+        """Which of `count` blocks may lose units: both ends are rounded to whole blocks, halves up."""
+        return range(int(self.protect_first * count + 0.5), count - int(self.protect_last * count + 0.5))
+
+    def units(self, block: Block) -> list[Units]:
+        """The kinds of units of a block that compete."""
+        ffn = {"all": {True, False}, "ffn": {True}, "heads": {False}}[self.targets]
+        return [units for units in units_of(block) if units.kind.endswith("ffn") in ffn]
+
+    def refine(self, problem: UnitProblem, kept: Tensor) -> Tensor:
+        """Units to keep instead, as many (sorted int64), once the Hessian of the cut model is there.
+
+        Asked only before least squares; `problem.inputs` then has a Hessian.
+        """
+        return kept
+
+
+class StructureMethod(UnitMethod):
+    """Base of the methods that score all units, and then choose once.
 
     Class variables:
         comparable: scores of different blocks and kinds mean the same and need not be standardised.
@@ -73,9 +115,6 @@ class StructureMethod(Method):
             `total`: the loss of all units up to this one; empty: an importance, counted once a parameter.
     """
 
-    family: ClassVar[str] = "structure"
-    removes: ClassVar[str] = "attention heads with their key-value head, and feed-forward channels"
-    effect: ClassVar[str] = "a smaller dense model: fewer bytes and faster everywhere"
     comparable: ClassVar[bool] = False
     unscored: ClassVar[frozenset[str]] = frozenset()
     losses: ClassVar[Losses] = ""
@@ -89,7 +128,6 @@ class StructureMethod(Method):
     uniform: bool = Field(
         False, description="take the nearest plan in which all blocks are alike, as stock classes need"
     )
-    targets: Targets = Field("all", description="all, feed-forward channels alone, or heads alone")
     remove_heads: int | None = Field(
         None, ge=0, description="key-value heads that go in the whole model; channels make up the rest"
     )
@@ -99,27 +137,13 @@ class StructureMethod(Method):
     coarse_scope: Literal["block", "mlp"] = Field(
         "block", description="across a block or its feed-forward part"
     )
-    compensate: Compensation = Field(
-        "none", description="none, bias (mean output) or least_squares (refit on what stays)"
-    )
     sharpness: float = Field(13.1072, ge=0, description="of the spread sigmoid, per unit of angle / pi")
-    min_keep: int = Field(1, ge=1, description="units of a kind that every block keeps at least")
-    round_to: int = Field(1, ge=1, description="widths of feed-forward parts stay multiples of this")
 
     @property
     def change(self) -> str:
         """The name under which the change of the hidden state is kept that the spread sigmoid reads."""
         name = {"angular": "turns", "cosine": "influence"}.get(self.coarse, self.coarse)
         return name if self.coarse_scope == "block" else f"{name}.mlp"
-
-    @property
-    def statistics(self) -> frozenset[Statistic]:
-        return self.needs | {"mean"} if self.compensate == "bias" else self.needs
-
-    def units(self, block: Block) -> list[Units]:
-        """The kinds of units of a block that compete."""
-        ffn = {"all": {True, False}, "ffn": {True}, "heads": {False}}[self.targets]
-        return [units for units in units_of(block) if units.kind.endswith("ffn") in ffn]
 
     def check(self, problems: Collection[UnitProblem]) -> None:
         """Refuse, before anything is read, what these options cannot score: tensors are on the meta device
@@ -140,16 +164,37 @@ class StructureMethod(Method):
         """(count,) importance of each unit; the smallest go."""
         raise NotImplementedError
 
-    def refine(self, problem: UnitProblem, kept: Tensor) -> Tensor:
-        """Units to keep instead, as many (sorted int64), once the Hessian of the cut model is there.
-
-        Asked only before least squares; `problem.inputs` then has a Hessian.
-        """
-        return kept
-
     def files(self, prepared: Mapping[str, Tensor]) -> dict[str, bytes]:
         """What lies beside the result for later runs, by name."""
         return {}
+
+
+class AdaptiveMethod(UnitMethod):
+    """Base of the methods that remove a little at a time, and look at the model again after each step."""
+
+    compensate: Literal["none", "least_squares"] = Field(
+        "none", description="none or least_squares (refit on what stays, once at the end)"
+    )
+    step: float = Field(0.02, gt=0, lt=1, description="share of its units that a block loses in a step")
+    step_windows: int = Field(
+        0, ge=0, description="calibration windows that a step looks at, the next ones in turn; 0: all"
+    )
+
+    @property
+    def spread(self) -> str:
+        return "adaptive"
+
+    def increments(self, moves: Tensor) -> Tensor:
+        """What a step adds to the sparsity of every block that can still lose units.
+
+        Args:
+            moves: (blocks,) float64, mean over tokens of 1 - cos(input, output).
+        """
+        raise NotImplementedError
+
+    def rank(self, taylor: Mapping[Statistic, Tensor]) -> Tensor:
+        """(count,) importance of each unit from what the loss feels; see `UnitProblem.taylor`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from secateur.structure.base import StructureMethod
+from secateur.structure.base import StructureMethod, UnitMethod
 from secateur.structure.units import Units
 
 if TYPE_CHECKING:
@@ -25,18 +25,18 @@ class Scored:
     scores: Tensor
 
 
-def step_of(units: Units, method: StructureMethod) -> int:
+def step_of(units: Units, method: UnitMethod) -> int:
     """Widths are multiples of this."""
     return method.round_to if units.kind.endswith("ffn") else 1
 
 
-def floor_of(units: Units, method: StructureMethod) -> int:
+def floor_of(units: Units, method: UnitMethod) -> int:
     """The fewest units that stay."""
     step = step_of(units, method)
     return min(step * math.ceil(method.min_keep / step), units.count)
 
 
-def removable(units: Units, method: StructureMethod) -> int:
+def removable(units: Units, method: UnitMethod) -> int:
     """The most units that go."""
     return units.count - floor_of(units, method)
 

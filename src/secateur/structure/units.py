@@ -41,6 +41,10 @@ class Units:
         """(count, width) from one number a column of `writer`."""
         return channels.view(self.count, self.width)
 
+    def of_entries(self, space: str, values: Tensor) -> Tensor:
+        """(count,) sums over the entries of a space that belong to each unit, from one number an entry."""
+        return values.view(self.count, self.spaces[space]).sum(1)
+
     def others(self, units: Tensor) -> Tensor:
         """The units that are not among these, sorted int64."""
         import torch
