@@ -72,6 +72,8 @@ class Family(_Entry):
         matrices: by module path inside the block. Their biases need no mention.
         vectors: all other parameters and persistent buffers of a block, with one axis expression a dimension.
         files: parameters that are stored under other names than in memory.
+        norms: of a block that adds attention(norm(x)) and then feed_forward(norm(x)) to x and does nothing
+            else: the two norms in this order. Only models of these families can be sliced.
 
     The rest is needed only to say from `config.json` alone, without the model, what the model is made of:
 
@@ -96,6 +98,7 @@ class Family(_Entry):
     matrices: dict[str, MatrixEntry]
     vectors: dict[str, str | list[str]]
     files: dict[str, list[str]] = {}
+    norms: list[str] = []
     outer: dict[str, str | list[str]] = {}
     when: dict[str, str | bool] = {}
     aliases: dict[str, str] = {}

@@ -138,6 +138,11 @@ class FileLayout:
             found |= {name: shared for name in names if name not in found or _same(found[name], shared)}
         return found
 
+    def disassemble_outer(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `assemble_outer`; the tensors are views of the parameters."""
+        outer = self._outer.items()
+        return dict(piece for name, stored in outer for piece in stored.disassemble(parameters[name]))
+
     def _tied_names(self, source: str) -> list[str]:
         return [source, *(alias for alias, known in self._anatomy.tied.items() if known == source)]
 

@@ -156,6 +156,9 @@ class Anatomy:
         files: names on disk of a parameter that is stored otherwise than in memory. Several names are
             concatenated along the rows; `*` stands for the slices of the first dimension.
         inferred: found by looking at the model rather than by a family file.
+        outer_axes: of the parameters in `outer`, each dimension with its spaces, where the family file says.
+        norms: modules in every block whose outputs attention and the feed-forward part read, in this order,
+            where nothing else happens between the residual stream and the two.
     """
 
     family: str
@@ -172,6 +175,8 @@ class Anatomy:
     keys: dict[str, str]
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     inferred: bool = False
+    outer_axes: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -26,6 +26,7 @@ def resized_config(
     sizes: Sequence[Sizes],
     shapes: Sequence[Mapping[str, Shape]],
     biases: Sequence[str] = (),
+    whole: Sizes | None = None,
 ) -> dict[str, Any]:
     """Keys of config.json to replace or add, checked against the model that is then built.
 
@@ -35,6 +36,7 @@ def resized_config(
         sizes: of the spaces that were cut, a block.
         shapes: of all tensors after the cut, a block.
         biases: matrices that get a bias they did not have.
+        whole: sizes of spaces that are cut in the whole model alike, inside the blocks and outside.
 
     Raises:
         AnatomyError: the model classes of this family cannot have these sizes.
@@ -45,6 +47,7 @@ def resized_config(
         for index, block in enumerate(sizes)
     ]
     fixed = {"head_dim": anatomy.spaces["head_dim"]} if "head_dim" in anatomy.spaces else {}
+    fixed |= {anatomy.keys[space]: size for space, size in (whole or {}).items()}
     stock: dict[str, Any] = {**fixed, **own[0]}
     alike = all(block == own[0] for block in own) and not biases and is_stock(config)
     if alike and _gives({**config, **stock}, anatomy, shapes):

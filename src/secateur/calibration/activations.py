@@ -37,6 +37,12 @@ class Batch:
         """B * T, padding included."""
         return self.windows.ids.numel()
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) real tokens of each window."""
+        ids, mask = self.windows.ids, self.windows.mask
+        return torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1)
+
     def real(self, hidden: Tensor) -> Tensor:
         """The real tokens of (B, T, d), as (tokens, d)."""
         flat = hidden.flatten(0, 1)

@@ -23,6 +23,7 @@ ROOMS = {
         "osscar",
         "cfsp",
         "shortgpt",
+        "minitron",
     ),
 }
 """The methods that come with secateur; each is a file of its room."""

@@ -11,8 +11,9 @@ from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import check_structure, prune_structure
 from secateur.pipeline.weights_run import check_weights, prune_weights
+from secateur.pipeline.width_run import check_width, prune_width
 from secateur.recipe import Recipe
-from secateur.structure.base import DepthMethod, StructureMethod
+from secateur.structure.base import DepthMethod, StructureMethod, WidthMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["checked_method", "prune_blocks_of"]
@@ -36,6 +37,7 @@ WAYS = (
     _Way(WeightMethod, check_weights, prune_weights),
     _Way(StructureMethod, check_structure, prune_structure),
     _Way(DepthMethod, check_depth, prune_depth),
+    _Way(WidthMethod, check_width, prune_width),
 )
 """The first whose base class a method has is its way."""
 

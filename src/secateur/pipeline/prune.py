@@ -86,10 +86,11 @@ def prune_checkpoint(
             outcome = prune_blocks_of(run)
             if writer is None:
                 return None
-            _copy_outer(run, writer)
+            _write_outer(run, writer, outcome)
             folder = writer.assemble(config_updates=outcome.config_updates, dropped=outcome.dropped)
             pruned = open_model(folder)
-            pruned.share_outer(dense)
+            if outcome.outer is None:
+                pruned.share_outer(dense)
             report = _judge(run, (dense, pruned), outcome, marks, command, started)
             report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
             writer.finish(extra={**outcome.files, **_files(report, opened, outcome)})
@@ -146,8 +147,12 @@ def fingerprint(recipe: Recipe, opened: Opened, data: RunData) -> dict[str, Any]
     return flat
 
 
-def _copy_outer(run: Run, writer: CheckpointWriter) -> None:
-    """Embeddings, norm, head and whatever belongs to no module go over unchanged."""
-    names = [*run.opened.layout.outer_names(), *run.opened.layout.untouched]
-    if "outer" not in writer.parts:
-        writer.write("outer", run.opened.checkpoint.read(names), {})
+def _write_outer(run: Run, writer: CheckpointWriter, outcome: Outcome) -> None:
+    """Embeddings, norm and head go over unchanged or as the method wants them; what belongs to no module
+    always goes over unchanged."""
+    if "outer" in writer.parts:
+        return
+    layout, checkpoint = run.opened.layout, run.opened.checkpoint
+    outer = checkpoint.read(layout.outer_names())
+    changed = outcome.outer(outer) if outcome.outer else outer
+    writer.write("outer", {**changed, **checkpoint.read(layout.untouched)}, {})

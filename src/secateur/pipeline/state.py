@@ -80,14 +80,15 @@ class Run:
                 block.parameters[name].copy_(tensor)
         return stored, whole
 
-    def remembered(self, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Scores of the run that was interrupted, or new ones, which the next resume finds."""
-        path = self.scratch / SCORES
+    def remembered(self, find: Callable[[], dict[str, Tensor]], name: str = SCORES) -> dict[str, Tensor]:
+        """Tensors (scores, unless `name` says otherwise) of the run that was interrupted, or new ones, which
+        the next resume finds."""
+        path = self.scratch / name
         if path.exists():
             return read_tensors(path, read_header(path).values())
         found = find()
         if self.writer:
-            save_tensors(self.writer.workspace / SCORES, found)
+            save_tensors(self.writer.workspace / name, found)
         return found
 
     def keep(self, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -107,6 +108,8 @@ class Outcome:
         zeros: weights that were set to zero and are still stored.
         config_updates: keys of config.json that change.
         dropped: tensors of the source that are gone.
+        outer: what is written in place of the tensors outside the blocks, both by their names on disk; None
+            copies them.
         files: further files to publish.
         warnings: what the user should know, one sentence each.
     """
@@ -117,6 +120,7 @@ class Outcome:
     zeros: int = 0
     config_updates: dict[str, Any] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
+    outer: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     files: dict[str, str | bytes] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

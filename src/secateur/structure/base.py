@@ -24,6 +24,7 @@ __all__ = [
     "Spread",
     "StructureMethod",
     "UnitProblem",
+    "WidthMethod",
     "register",
 ]
 
@@ -117,6 +118,35 @@ class DepthMethod(Method):
 
     def choose(self, states: BlockStates, count: int) -> list[int]:
         """The blocks that go, sorted."""
+        raise NotImplementedError
+
+
+class WidthMethod(Method):
+    """Base of the methods that make the whole model narrower, every block alike."""
+
+    family: ClassVar[str] = "structure"
+    removes: ClassVar[str] = "hidden dimensions, heads and feed-forward channels, as many in every block"
+    effect: ClassVar[str] = "a narrower dense model of the same class: fewer bytes and faster everywhere"
+
+    search: int = Field(
+        0,
+        ge=0,
+        description="try the so many largest models within the budget on the calibration text and take the best "
+        "(0: shrink everything alike)",
+    )
+
+    @property
+    def widths(self) -> list[str]:
+        """What shrinks: some of `hidden`, `heads`, `ffn`."""
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """By width, what it stays a multiple of."""
+        raise NotImplementedError
+
+    def importance(self, inputs: InputStatistics) -> Tensor:
+        """(C,) importance of every entry of an input."""
         raise NotImplementedError
 
 
