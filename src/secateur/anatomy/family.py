@@ -15,7 +15,7 @@ from secateur.core.errors import AnatomyError
 __all__ = ["Family", "MatrixEntry", "known_families", "listed", "load_family"]
 
 _FOLDER = resources.files("secateur.anatomy") / "families"
-_SECTIONS = ("spaces", "sizes", "matrices", "vectors", "files", "outer", "when", "aliases", "defaults")
+_SECTIONS = ("spaces", "sizes", "matrices", "vectors", "files", "norms", "outer", "when", "aliases", "defaults")
 _NULL_IS_A_VALUE = "defaults"
 
 
@@ -73,7 +73,8 @@ class Family(_Entry):
         vectors: all other parameters and persistent buffers of a block, with one axis expression a dimension.
         files: parameters that are stored under other names than in memory.
         norms: of a block that adds attention(norm(x)) and then feed_forward(norm(x)) to x and does nothing
-            else: the two norms in this order. Only models of these families can be sliced.
+            else: the two norms in this order, each with the module that reads it. Only such models can be
+            sliced.
 
     The rest is needed only to say from `config.json` alone, without the model, what the model is made of:
 
@@ -98,7 +99,7 @@ class Family(_Entry):
     matrices: dict[str, MatrixEntry]
     vectors: dict[str, str | list[str]]
     files: dict[str, list[str]] = {}
-    norms: list[str] = []
+    norms: dict[str, str] = {}
     outer: dict[str, str | list[str]] = {}
     when: dict[str, str | bool] = {}
     aliases: dict[str, str] = {}

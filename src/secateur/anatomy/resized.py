@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from secateur.anatomy.look import look_at
 from secateur.anatomy.model import Anatomy, Shape
 from secateur.anatomy.skeleton import build_meta
+from secateur.anatomy.sliced import OUTPUT_KEY
 from secateur.core.errors import AnatomyError
 from secateur.loading import MODEL_TYPE, REMOTE_CODE
 
@@ -27,6 +28,7 @@ def resized_config(
     shapes: Sequence[Mapping[str, Shape]],
     biases: Sequence[str] = (),
     whole: Sizes | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Keys of config.json to replace or add, checked against the model that is then built.
 
@@ -36,20 +38,21 @@ def resized_config(
         sizes: of the spaces that were cut, a block.
         shapes: of all tensors after the cut, a block.
         biases: matrices that get a bias they did not have.
+        extra: further keys, which the loading code alone understands.
         whole: sizes of spaces that are cut in the whole model alike, inside the blocks and outside.
 
     Raises:
         AnatomyError: the model classes of this family cannot have these sizes.
     """
-    known = config.get("per_layer_config", {})
+    known, keys = config.get("per_layer_config", {}), {"output": OUTPUT_KEY, **anatomy.keys}
     own = [
-        {**known.get(str(index), {}), **{anatomy.keys[space]: size for space, size in block.items()}}
+        {**known.get(str(index), {}), **{keys[space]: size for space, size in block.items()}}
         for index, block in enumerate(sizes)
     ]
     fixed = {"head_dim": anatomy.spaces["head_dim"]} if "head_dim" in anatomy.spaces else {}
     fixed |= {anatomy.keys[space]: size for space, size in (whole or {}).items()}
     stock: dict[str, Any] = {**fixed, **own[0]}
-    alike = all(block == own[0] for block in own) and not biases and is_stock(config)
+    alike = all(block == own[0] for block in own) and not biases and not extra and is_stock(config)
     if alike and _gives({**config, **stock}, anatomy, shapes):
         return stock
     updates = {
@@ -63,6 +66,7 @@ def resized_config(
         },
         "per_layer_config": {str(index): block for index, block in enumerate(own)},
         "block_biases": list(dict.fromkeys([*config.get("block_biases", ()), *biases])),
+        **(extra or {}),
     }
     if not _gives({**config, **updates}, anatomy, shapes):
         cut = ", ".join(sorted({space for block in sizes for space in block}))

@@ -48,9 +48,9 @@ class Gram:
         """(C,) float64."""
         return torch.cat([panel.diagonal() for panel in self._panels])
 
-    def take(self) -> Tensor:
-        """(C, C) float32, exactly symmetric. The sums are gone afterwards."""
-        full = torch.empty(self.columns, self.columns, device=self._panels[0].device)
+    def take(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(C, C), exactly symmetric. The sums are gone afterwards."""
+        full = torch.empty(self.columns, self.columns, dtype=dtype, device=self._panels[0].device)
         for start, panel in self._each():
             stop = start + len(panel)
             square = panel[:, : len(panel)]

@@ -24,6 +24,7 @@ ROOMS = {
         "cfsp",
         "shortgpt",
         "minitron",
+        "slicegpt",
     ),
 }
 """The methods that come with secateur; each is a file of its room."""

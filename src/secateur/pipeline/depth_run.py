@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.resolve import resolve_config
+from secateur.anatomy.sliced import FLAG
 from secateur.core.errors import AnatomyError, RecipeError
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import SCORES, Outcome, Run
@@ -27,6 +28,12 @@ def check_depth(opened: Opened, method: DepthMethod, recipe: Recipe) -> None:
             f"scores with method {method.id!r}",
             "a method that scores heads and channels",
             "leave --scores out",
+        )
+    if opened.checkpoint.config.get(FLAG):
+        raise AnatomyError(
+            "blocks of a sliced model, each of which hands on to the next in a basis of its own",
+            "a model that was not sliced",
+            "remove blocks first and slice then",
         )
     _count(len(opened.anatomy.blocks), recipe.resolved_sparsity)
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from secateur.core.method import METHODS, Method
 from secateur.pipeline.depth_run import check_depth, prune_depth
 from secateur.pipeline.opened import Opened
+from secateur.pipeline.slice_run import check_slices, prune_slices
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import check_structure, prune_structure
 from secateur.pipeline.weights_run import check_weights, prune_weights
 from secateur.pipeline.width_run import check_width, prune_width
 from secateur.recipe import Recipe
-from secateur.structure.base import DepthMethod, StructureMethod, WidthMethod
+from secateur.structure.base import DepthMethod, SliceMethod, StructureMethod, WidthMethod
 from secateur.weights.base import WeightMethod
 
 __all__ = ["checked_method", "prune_blocks_of"]
@@ -38,6 +39,7 @@ WAYS = (
     _Way(StructureMethod, check_structure, prune_structure),
     _Way(DepthMethod, check_depth, prune_depth),
     _Way(WidthMethod, check_width, prune_width),
+    _Way(SliceMethod, check_slices, prune_slices),
 )
 """The first whose base class a method has is its way."""
 
