@@ -15,7 +15,18 @@ from secateur.core.errors import AnatomyError
 __all__ = ["Family", "MatrixEntry", "known_families", "listed", "load_family"]
 
 _FOLDER = resources.files("secateur.anatomy") / "families"
-_SECTIONS = ("spaces", "sizes", "matrices", "vectors", "files", "norms", "outer", "when", "aliases", "defaults")
+_SECTIONS = (
+    "spaces",
+    "sizes",
+    "matrices",
+    "vectors",
+    "files",
+    "norms",
+    "outer",
+    "when",
+    "aliases",
+    "defaults",
+)
 _NULL_IS_A_VALUE = "defaults"
 
 

@@ -1,4 +1,4 @@
-"""Models whose residual stream was sliced: each half of a block reads it in one basis and writes it in the next."""
+"""Models whose residual stream was sliced: each half of a block has a basis of its own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def sliced_family(family: Family) -> Family:
     that writes `output` entries."""
     last = [path for path, entry in family.matrices.items() if entry.rows == "hidden"][-1]
     matrices = {**family.matrices, last: family.matrices[last].model_copy(update={"rows": "output"})}
-    kept = {name: axes for name, axes in family.vectors.items() if name.rpartition(".")[0] not in family.norms}
+    kept = {
+        name: axes for name, axes in family.vectors.items() if name.rpartition(".")[0] not in family.norms
+    }
     shortcuts = {ATTENTION_SHORTCUT: ["hidden", "hidden"], FEED_FORWARD_SHORTCUT: ["output", "hidden"]}
     sizes = {**family.sizes, "output": [OUTPUT_KEY, "hidden_size"]}
     changes = {"matrices": matrices, "vectors": {**kept, **shortcuts}, "sizes": sizes, "norms": {}}

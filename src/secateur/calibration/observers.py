@@ -84,8 +84,8 @@ class Moments:
         self._activity = zeros[2] if "activity" in needs else None
 
     def add(self, rows: Tensor, lengths: Tensor | None = None) -> None:
-        """Add tokens: `rows` (tokens, C) of any floating dtype, of sequences with `lengths` (B,) tokens, which
-        `activity` alone needs."""
+        """Add tokens: `rows` (tokens, C) of any floating dtype; for `activity` with the `lengths` (B,) of the
+        sequences they are from."""
         self.tokens += len(rows)
         for part in torch.split(rows, max(1, self._chunk // self.columns)):
             exact = part.float()

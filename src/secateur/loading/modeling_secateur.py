@@ -162,7 +162,8 @@ class _ShortcutBlock:
         added = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **kwargs)[0]
         hidden_states = nn.functional.linear(hidden_states, block.attention_shortcut) + added * multiplier
         added = block.mlp(block.post_attention_layernorm(hidden_states))
-        return nn.functional.linear(hidden_states, block.mlp_shortcut) + added * multiplier
+        leaving: Tensor = nn.functional.linear(hidden_states, block.mlp_shortcut) + added * multiplier
+        return leaving
 
 
 def _slice_residual(model: Any, blocks: nn.ModuleList, config: Any) -> None:

@@ -1,4 +1,4 @@
-"""A thinner residual stream: walk through the model once, find a basis at every place, write each block in it.
+"""A thinner residual stream: find a basis at every place in one walk, and write each block in its bases.
 
 The dense blocks run as they are, on signals projected onto the directions that stay at every place passed so
 far: that is what the sliced model computes, seen in the old basis.
@@ -71,8 +71,8 @@ def prune_slices(run: Run, method: SliceMethod) -> Outcome:
         dropped=slices.dropped,
         outer=walk.outer_files,
         warnings=[
-            f"The hidden size went from {slices.wide} to {slices.width} ({1 - slices.width / slices.wide:.1%} "
-            f"less), of the parameters in blocks {slices.sparsity:.1%}: shortcut matrices of every block are "
+            f"The hidden size went from {slices.wide} to {slices.width} "
+            f"({1 - slices.width / slices.wide:.1%} less), of the parameters in blocks {slices.sparsity:.1%}: shortcut matrices of every block are "
             f"{slices.shortcut_share:.1%} of what {opened.anatomy.family!r} had there. Load it after `import "
             "secateur`, or with trust_remote_code=True."
         ],
@@ -122,7 +122,9 @@ class _Slices:
     def _settle(self, method: SliceMethod) -> None:
         anatomy, checkpoint, blocks = self.anatomy, self.opened.checkpoint, self.anatomy.blocks
         sizes = [{"hidden": self.width, "output": self.written(block.index)} for block in blocks]
-        shapes = [sliced_shapes(anatomy, block, *own.values()) for block, own in zip(blocks, sizes, strict=True)]
+        shapes = [
+            sliced_shapes(anatomy, block, *own.values()) for block, own in zip(blocks, sizes, strict=True)
+        ]
         extra = {FLAG: True, "tie_word_embeddings": False}
         self.config_updates = resized_config(checkpoint.config, anatomy, sizes, shapes, extra=extra)
         names = [f"{anatomy.head}.weight", *checkpoint.tensors]
@@ -197,7 +199,9 @@ class _Walk:
         self._entering = leaving["basis"]
         record = {
             "layer": self._row(index, float(found["lost"]), float(leaving["lost"])).model_dump(mode="json"),
-            "block": Block(block=index, seconds=round(time.perf_counter() - started, 4)).model_dump(mode="json"),
+            "block": Block(block=index, seconds=round(time.perf_counter() - started, 4)).model_dump(
+                mode="json"
+            ),
         }
         if not done:
             stored, _ = self.run.as_stored(opened)

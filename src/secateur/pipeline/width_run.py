@@ -74,9 +74,7 @@ def prune_width(run: Run, method: WidthMethod) -> Outcome:
                 run.keep(block.index, tensors, {})
             task.advance()
     return Outcome(
-        layers=[
-            _row(run, block.index, one, widths) for block in anatomy.blocks for one in chosen
-        ],
+        layers=[_row(run, block.index, one, widths) for block in anatomy.blocks for one in chosen],
         blocks=[Block(block=block.index) for block in anatomy.blocks],
         sparsity=freed(anatomy, chosen, widths) / anatomy.block_parameters,
         config_updates=narrow.config_updates,
@@ -98,7 +96,9 @@ def _proposals(opened: Opened, method: WidthMethod, sparsity: float) -> list[Wid
     legal = (one for one in islice(wanted, TRIES) if _is_legal(opened, chosen, one[0]))
     proposals = list(islice(legal, method.search or 1))
     if not proposals or (not method.search and abs(proposals[0][1] - sparsity) > 2 * TOLERANCE):
-        near = sorted({round(removed, 3) for _, removed in proposals or found}, key=lambda n: abs(n - sparsity))
+        near = sorted(
+            {round(removed, 3) for _, removed in proposals or found}, key=lambda n: abs(n - sparsity)
+        )
         raise RecipeError(
             f"sparsity {sparsity:g} by {', '.join(method.widths)} alone, in the multiples asked for",
             f"a share that legal widths make, such as {', '.join(map(str, near[:3])) or 'none'}",
@@ -124,9 +124,7 @@ def _config_updates(opened: Opened, chosen: list[Dimension], widths: Widths) -> 
     for one in chosen:
         (whole if one.units is None else inside).update(one.sizes(widths[one.name]))
     shapes = [cut_shapes(block, {**inside, **whole}) for block in anatomy.blocks]
-    return resized_config(
-        opened.checkpoint.config, anatomy, [inside] * len(shapes), shapes, whole=whole
-    )
+    return resized_config(opened.checkpoint.config, anatomy, [inside] * len(shapes), shapes, whole=whole)
 
 
 def _observe(run: Run, method: WidthMethod, chosen: list[Dimension]) -> dict[str, Tensor]:
@@ -230,8 +228,8 @@ def keep(dimension: Dimension, scores: Tensor, count: int) -> dict[str, Tensor]:
     """By space, the entries that stay, the most important first; of query heads as many in every group.
 
     Args:
-        scores: one number an entry of the residual stream, or a column of the matrix that collects units; the
-            importance of a head is the root of the sum of squares over its columns (structured-baselines, 2.6).
+        scores: one number an entry of the residual stream, or a column of the matrix that collects units;
+            that of a head is the root of the sum of squares over its columns (structured-baselines, 2.6).
     """
     units = scores.double().view(dimension.groups, dimension.count, -1).norm(dim=-1)
     first = units.argsort(dim=1, descending=True, stable=True)[:, :count]

@@ -132,7 +132,7 @@ class WidthMethod(Method):
     search: int = Field(
         0,
         ge=0,
-        description="try the so many largest models within the budget on the calibration text and take the best "
+        description="so many of the largest models within the budget are tried on the calibration text "
         "(0: shrink everything alike)",
     )
 
@@ -163,7 +163,8 @@ class SliceMethod(Method):
     round_to: int = Field(8, ge=1, description="the width that stays is a multiple of this")
     slice_head: bool = Field(False, description="slice what the last block writes and the head reads, too")
     orientation: Literal["random", "pca"] = Field(
-        "random", description="turn what stays at random, so that no entry is special, or leave it by variance"
+        "random",
+        description="turn what stays at random, so that no entry is special, or leave it by variance",
     )
 
     def directions(self, covariance: Tensor) -> Tensor:

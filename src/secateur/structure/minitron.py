@@ -37,7 +37,9 @@ class Minitron(WidthMethod):
     round_hidden: int = Field(
         8, ge=1, description="the hidden size stays a multiple of this; the paper uses 256"
     )
-    round_ffn: int = Field(8, ge=1, description="feed-forward widths stay multiples of this; the paper uses 512")
+    round_ffn: int = Field(
+        8, ge=1, description="feed-forward widths stay multiples of this; the paper uses 512"
+    )
 
     @field_validator("width")
     @classmethod

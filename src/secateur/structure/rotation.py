@@ -35,11 +35,12 @@ def turned(basis: Tensor, generator: torch.Generator) -> Tensor:
     count = basis.shape[1]
     drawn = torch.randn(count, count, generator=generator, dtype=torch.float64)
     rotation, upper = torch.linalg.qr(drawn)
-    return basis @ (rotation * upper.diagonal().sign()).to(basis.device)
+    product: Tensor = basis @ (rotation * upper.diagonal().sign()).to(basis.device)
+    return product
 
 
 def lost_energy(covariance: Tensor, basis: Tensor) -> float:
-    """The part of sum |x|^2 that the basis does not keep: the tail of the eigenvalues, where it is principal."""
+    """The part of sum |x|^2 outside the basis: the tail of the eigenvalues, where it is principal."""
     whole = float(covariance.trace())
     kept = float(((covariance @ basis) * basis).sum())
     return max(0.0, 1 - kept / whole) if whole > 0 else 0.0

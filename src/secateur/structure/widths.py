@@ -5,12 +5,12 @@ Every count is exact: it is that of the shapes that come out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from secateur.anatomy.cut import cut_shapes, residual_spaces, space_parameters
+from secateur.anatomy.cut import cut_shapes, residual_spaces
 from secateur.anatomy.model import Anatomy, Block
 from secateur.core.errors import AnatomyError
 from secateur.structure.units import Units, units_of
@@ -18,7 +18,7 @@ from secateur.structure.units import Units, units_of
 __all__ = ["TOLERANCE", "Dimension", "Widths", "candidates", "dimensions", "evenest", "freed", "largest"]
 
 TOLERANCE = 0.01
-"""How far from the budget, as a fraction of the parameters in blocks, widths may be to be chosen by evenness."""
+"""How far from the budget, as a fraction of the parameters in blocks, evenness may lead."""
 
 Widths = Mapping[str, int]
 """By name of a dimension, what stays of it."""
@@ -67,7 +67,9 @@ def dimensions(anatomy: Anatomy, names: Iterable[str], steps: Mapping[str, int])
             f"blocks of {anatomy.family!r} that differ in size", "blocks that are alike", "use flap instead"
         )
     if any(matrix.expert is not None for matrix in block.matrices):
-        raise AnatomyError(f"experts of {anatomy.family!r}", "one feed-forward part a block", "use flap instead")
+        raise AnatomyError(
+            f"experts of {anatomy.family!r}", "one feed-forward part a block", "use flap instead"
+        )
     found = {dimension.name: dimension for dimension in _all(anatomy, block, steps)}
     if missing := [name for name in names if name not in found]:
         raise AnatomyError(
@@ -104,7 +106,7 @@ def freed(anatomy: Anatomy, chosen: Iterable[Dimension], widths: Widths) -> int:
 def candidates(
     anatomy: Anatomy, chosen: list[Dimension], sparsity: float, least: float = 0.0
 ) -> list[tuple[Widths, float]]:
-    """Widths near a budget, and the fraction of the block parameters that each removes.
+    """Smaller widths near a budget, and the fraction of the block parameters that each removes.
 
     All legal counts of all dimensions but the last are combined; the last follows from the budget.
 
@@ -123,7 +125,7 @@ def candidates(
         widths = {**fixed, fine.name: count}
         if count >= least * fine.count and _fits(anatomy, chosen, widths):
             found.append((widths, freed(anatomy, chosen, widths) / whole))
-    return found
+    return [one for one in found if one[1] > 0]
 
 
 def _legal(dimension: Dimension, wanted: float) -> int:
