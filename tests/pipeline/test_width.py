@@ -1,4 +1,4 @@
-"""A narrower model in the stock class: exact against a silenced one, resumable, refused before it is begun."""
+"""A narrower model in the stock class: exact against a silenced one, resumable, refused in time."""
 
 from __future__ import annotations
 

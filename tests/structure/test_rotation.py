@@ -1,4 +1,4 @@
-"""Slicing in closed form: rotations change nothing, slices are projections, lost energy is the eigenvalue tail."""
+"""Slicing in closed form: rotations change nothing, slices are projections, what is lost is the tail."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_in_float64_to_ten_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_slice_is_a_projection_at_every_place_of_the_dense_model(family: str) -> None:
-    """The walk that finds the bases runs the dense blocks with projections: the very model that is written."""
+    """The walk runs dense blocks with projections: the very model that is written."""
     dense = tiny_model(family)
     bases = bases_of(dense, 40)
     sliced = rotated(dense, bases)(IDS).logits
@@ -96,7 +96,7 @@ def test_a_slice_is_a_projection_at_every_place_of_the_dense_model(family: str) 
         for block in anatomy.blocks:
             module = dense.get_submodule(block.prefix)
             bridge = _Bridge(module, list(anatomy.norms)[1], bases[2 * block.index])
-            bridge.between = bases[2 * block.index + 1]
+            bridge.cross_in(bases[2 * block.index + 1])
             stack.enter_context(bridge.installed())
         torch.testing.assert_close(dense(IDS).logits, sliced, rtol=1e-4, atol=1e-4)
 

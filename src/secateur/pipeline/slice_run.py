@@ -41,6 +41,8 @@ from secateur.structure.rotation import Bases, lost_energy, rotate_block, turned
 
 __all__ = ["check_slices", "prune_slices"]
 
+LOADING = "Blocks have shortcut matrices: load it after `import secateur`, or with trust_remote_code=True."
+
 
 def check_slices(opened: Opened, method: SliceMethod, recipe: Recipe) -> None:
     """Refuse, before anything is read or written, what could not be done.
@@ -62,7 +64,6 @@ def prune_slices(run: Run, method: SliceMethod) -> Outcome:
     slices = _Slices(run.opened, method, run.recipe.resolved_sparsity)
     walk = _Walk(run, method, slices)
     layers, blocks = walk.walk()
-    opened = run.opened
     return Outcome(
         layers=layers,
         blocks=blocks,
@@ -70,12 +71,7 @@ def prune_slices(run: Run, method: SliceMethod) -> Outcome:
         config_updates=slices.config_updates,
         dropped=slices.dropped,
         outer=walk.outer_files,
-        warnings=[
-            f"The hidden size went from {slices.wide} to {slices.width} "
-            f"({1 - slices.width / slices.wide:.1%} less), of the parameters in blocks {slices.sparsity:.1%}: shortcut matrices of every block are "
-            f"{slices.shortcut_share:.1%} of what {opened.anatomy.family!r} had there. Load it after `import "
-            "secateur`, or with trust_remote_code=True."
-        ],
+        warnings=[slices.told, LOADING],
     )
 
 
@@ -114,6 +110,15 @@ class _Slices:
         extra = len(anatomy.blocks) * 2 * self.width**2 + (self.last - self.width) * self.width
         self.shortcut_share = extra / whole
         self._settle(method)
+
+    @property
+    def told(self) -> str:
+        """What went of the hidden size and what of the parameters, in words."""
+        gone = 1 - self.width / self.wide
+        return (
+            f"{gone:.1%} of the hidden size went ({self.width} of {self.wide} stay) for {self.sparsity:.1%} of the "
+            f"parameters in blocks: shortcut matrices put back {self.shortcut_share:.1%}."
+        )
 
     def written(self, index: int) -> int:
         """What block `index` writes."""
@@ -188,7 +193,7 @@ class _Walk:
         bridge = _Bridge(opened.module, norm, self._entering)
         with bridge.installed():
             found = self._basis(f"{index}-between", lambda: opened.reaching(norm))
-            bridge.between = found["basis"]
+            bridge.cross_in(found["basis"])
             if last and not self.method.slice_head:
                 opened.finish()
                 leaving = {"basis": torch.eye(self.slices.wide, dtype=torch.float64), "lost": torch.zeros(())}
@@ -272,9 +277,18 @@ class _Bridge:
     """Projects what a dense block reads, and what it carries from its first half to its second."""
 
     def __init__(self, module: nn.Module, norm: str, entering: Tensor) -> None:
-        self.module, self.norm, self.entering = module, norm, entering
-        self.between: Tensor | None = None
+        self.module, self.norm = module, norm
+        self._entering = self._own(entering)
+        self._between: Tensor | None = None
         self._gone: Tensor | None = None
+
+    def cross_in(self, between: Tensor) -> None:
+        """From now on the second half reads, and the block carries on, what this basis keeps."""
+        self._between = self._own(between)
+
+    def _own(self, basis: Tensor) -> Tensor:
+        weight = next(self.module.parameters())
+        return basis.to(weight.device, weight.dtype)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -293,13 +307,13 @@ class _Bridge:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (_projected(args[0], self.entering), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _projected(kwargs["hidden_states"], self.entering)}
+            return (_projected(args[0], self._entering), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _projected(kwargs["hidden_states"], self._entering)}
 
     def _cross(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self.between is None:
+        if self._between is None:
             return None
-        kept = _projected(args[0], self.between)
+        kept = _projected(args[0], self._between)
         self._gone = args[0] - kept
         return (kept, *args[1:])
 
@@ -308,8 +322,7 @@ class _Bridge:
 
 
 def _projected(hidden: Tensor, basis: Tensor) -> Tensor:
-    own = basis.to(hidden.device, hidden.dtype)
-    return (hidden @ own) @ own.T
+    return (hidden @ basis) @ basis.T
 
 
 def _add(gram: Gram, rows: Tensor) -> None:
