@@ -116,8 +116,8 @@ class _Slices:
         """What went of the hidden size and what of the parameters, in words."""
         gone = 1 - self.width / self.wide
         return (
-            f"{gone:.1%} of the hidden size went ({self.width} of {self.wide} stay) for {self.sparsity:.1%} of the "
-            f"parameters in blocks: shortcut matrices put back {self.shortcut_share:.1%}."
+            f"{gone:.1%} of the hidden size went ({self.width} of {self.wide} stay) for {self.sparsity:.1%} "
+            f"of the parameters in blocks: shortcut matrices put back {self.shortcut_share:.1%}."
         )
 
     def written(self, index: int) -> int:
