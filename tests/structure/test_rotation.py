@@ -121,6 +121,8 @@ def test_turning_keeps_the_subspace() -> None:
     torch.testing.assert_close(other @ other.T, basis @ basis.T)
     torch.testing.assert_close(other.T @ other, torch.eye(10, dtype=torch.float64))
     assert not torch.allclose(other, basis)
+    mirrored = turned(basis.flip(1) * -1, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(mirrored, other)
 
 
 def test_counts_are_the_closed_form() -> None:

@@ -29,13 +29,13 @@ class Bases:
 
 
 def turned(basis: Tensor, generator: torch.Generator) -> Tensor:
-    """Another basis of the same subspace, drawn evenly from all."""
+    """Another basis of the same subspace, drawn evenly from all; it depends on the subspace and the generator
+    alone, not on the signs and the order that an eigensolver happens to give."""
     import torch
 
-    count = basis.shape[1]
-    drawn = torch.randn(count, count, generator=generator, dtype=torch.float64)
-    rotation, upper = torch.linalg.qr(drawn)
-    product: Tensor = basis @ (rotation * upper.diagonal().sign()).to(basis.device)
+    drawn = torch.randn(basis.shape, generator=generator, dtype=torch.float64).to(basis.device)
+    rotation, upper = torch.linalg.qr(basis.T @ drawn)
+    product: Tensor = basis @ (rotation * upper.diagonal().sign())
     return product
 
 
