@@ -6,7 +6,14 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 
-from secateur.anatomy.cut import cut_block, cut_shapes, entries, space_parameters
+from secateur.anatomy.cut import (
+    cut_block,
+    cut_outer,
+    cut_shapes,
+    entries,
+    residual_spaces,
+    space_parameters,
+)
 from secateur.anatomy.model import Axis, Segment
 from secateur.anatomy.resolve import resolve
 
@@ -56,3 +63,48 @@ def test_llama_7b_and_its_neighbours_lose_what_was_published() -> None:
         num_key_value_heads=4,
     )
     assert left(tiny, range(4, 18), 8, 1, 1408) == 945_907_712
+
+
+PERMUTABLE = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "olmo2",
+    "granite",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+]
+
+
+@pytest.mark.parametrize("family", PERMUTABLE)
+def test_the_order_of_the_residual_stream_is_nobodys_business(family: str) -> None:
+    """Permuting `hidden` everywhere, inside the blocks and outside, leaves the logits alone."""
+    model, ids = tiny_model(family), torch.arange(1, 25).view(2, 12)
+    before = model(ids).logits
+    anatomy = resolve(model.config)
+    order = torch.randperm(anatomy.spaces["hidden"], generator=torch.Generator().manual_seed(0))
+    kept = dict.fromkeys(residual_spaces(anatomy), order)
+    state = model.state_dict()
+    outer = cut_outer(anatomy, {name: state[name] for name in (*anatomy.outer, *anatomy.tied)}, kept)
+    blocks = {
+        f"{block.prefix}.{name}": tensor
+        for block in anatomy.blocks
+        for name, tensor in cut_block(
+            block, dict(model.get_submodule(block.prefix).state_dict()), kept
+        ).items()
+    }
+    with torch.no_grad():
+        model.load_state_dict({**outer, **blocks})
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_known_outside_the_blocks_is_what_the_shapes_say() -> None:
+    for family in PERMUTABLE:
+        anatomy = resolve(tiny_model(family).config)
+        assert anatomy.outer_axes.keys() == anatomy.outer.keys()
+        for name, axes in anatomy.outer_axes.items():
+            assert tuple(axis.size for axis in axes) == anatomy.outer[name]

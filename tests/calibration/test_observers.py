@@ -62,3 +62,16 @@ def test_long_sums_keep_small_contributions() -> None:
 def test_memory_of_a_gram_is_half_of_the_matrix() -> None:
     gram = Gram(4096, CPU)
     assert sum(panel.nbytes for panel in gram.sums) < 0.54 * 4096 * 4096 * 8
+
+
+def test_activity_is_the_squared_mean_of_each_sequence_summed() -> None:
+    x = torch.tensor([[1.0, -2], [3, 2], [-5, 0], [2, 2], [2, 2], [2, 2]])
+    moments = Moments(2, {"activity"}, CPU)
+    moments.add(x[:2], torch.tensor([2]))
+    moments.add(x[2:], torch.tensor([1, 3]))
+    assert moments.take(3).activity.tolist() == [2**2 + 5**2 + 2**2, 2**2 + 0 + 2**2]  # type: ignore[union-attr]
+
+
+def test_activity_needs_whole_sequences() -> None:
+    with pytest.raises(ValueError, match="whole sequences"):
+        Moments(2, {"activity"}, CPU).add(torch.ones(3, 2))

@@ -14,6 +14,7 @@ import secateur
 from secateur.core.method import methods_of
 
 TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
+OPTIONS = {"slicegpt": {"round_to": 1}}  # tiny models have few multiples of 8
 FAMILIES = {"llama": torch.float32, "qwen2": torch.bfloat16, "phi3": torch.float16}
 
 
@@ -30,6 +31,7 @@ def test_what_comes_out_is_smaller_loads_and_is_what_was_measured(
         tmp_path / "out",
         method=method,
         sparsity=0.25,
+        options=OPTIONS.get(method, {}),
         calibration={"source": str(tmp_path / "text.txt"), "samples": 6, "length": 24},
         evaluation_windows=2,
         measure_speed=False,

@@ -6,17 +6,27 @@ feed-forward part is a row of gate and up and a column of down because all three
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from secateur.anatomy.model import Axis, Block, Segment, Shape
+from secateur.anatomy.model import Anatomy, Axis, Block, Segment, Shape
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Kept", "cut_block", "cut_shapes", "entries", "expand_block", "pad_block", "space_parameters"]
+__all__ = [
+    "Kept",
+    "cut_block",
+    "cut_outer",
+    "cut_shapes",
+    "entries",
+    "expand_block",
+    "pad_block",
+    "residual_spaces",
+    "space_parameters",
+]
 
 Kept = Mapping[str, "Tensor"]
 """By space, int64 numbers of what stays, in the order it shall have; spaces not named stay whole."""
@@ -51,14 +61,31 @@ def cut_block(block: Block, parameters: Mapping[str, Tensor], kept: Kept) -> dic
         parameters: by name inside the block.
         kept: what stays.
     """
-    smaller: dict[str, Tensor] = {}
-    for name, tensor in parameters.items():
-        for dimension, axis in enumerate(block.axes[name]):
-            positions = entries(axis, kept)
-            if positions is not None:
-                tensor = tensor.index_select(dimension, positions.to(tensor.device))
-        smaller[name] = tensor
-    return smaller
+    return {name: _cut(tensor, block.axes[name], kept) for name, tensor in parameters.items()}
+
+
+def cut_outer(anatomy: Anatomy, tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """The same for tensors outside the blocks, by full name; tied ones are cut alike.
+
+    Raises:
+        KeyError: a parameter whose axes are not known.
+    """
+    axes = anatomy.outer_axes
+    return {name: _cut(tensor, axes[anatomy.tied.get(name, name)], kept) for name, tensor in tensors.items()}
+
+
+def residual_spaces(anatomy: Anatomy) -> tuple[str, ...]:
+    """The spaces that are the residual stream: `hidden`, and that of embeddings which are not projected."""
+    names = ("hidden", "embedding")
+    return tuple(name for name in names if anatomy.spaces.get(name) == anatomy.spaces["hidden"])
+
+
+def _cut(tensor: Tensor, axes: Sequence[Axis], kept: Kept) -> Tensor:
+    for dimension, axis in enumerate(axes):
+        positions = entries(axis, kept)
+        if positions is not None:
+            tensor = tensor.index_select(dimension, positions.to(tensor.device))
+    return tensor
 
 
 def expand_block(block: Block, smaller: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
@@ -94,7 +121,8 @@ def space_parameters(
     """
     segments = (segment for axes in block.axes.values() for axis in axes for segment in axis.segments)
     whole = {segment.space: segment.count for segment in segments}
-    smaller = cut_shapes(block, {space: whole[space] - gone for space, gone in entries.items()})
+    less = {space: whole[space] - gone for space, gone in entries.items() if space in whole}
+    smaller = cut_shapes(block, less)
     return sum(
         (prod(shape) - prod(smaller[name])) * (weights[name] if weights else 1)
         for name, shape in block.parameters.items()

@@ -17,7 +17,7 @@ __all__ = ["Family", "MatrixEntry", "known_families", "listed", "load_family"]
 
 _FOLDER = resources.files("secateur.anatomy") / "families"
 _SECTIONS = (
-    *("spaces", "sizes", "matrices", "vectors", "parts", "files", "outer", "when", "aliases"),
+    *("spaces", "sizes", "matrices", "vectors", "parts", "files", "norms", "outer", "when", "aliases"),
     "defaults",
 )
 _NULL_IS_A_VALUE = "defaults"
@@ -80,6 +80,9 @@ class Family(_Entry):
             `zeros`, or a `pair` of zeros and nothing.
         parts_when: condition without which the parts of a block cannot be removed.
         files: parameters that are stored under other names than in memory.
+        norms: of a block that adds attention(norm(x)) and then feed_forward(norm(x)) to x and does nothing
+            else: the two norms in this order, each with the module that reads it. Only such models can be
+            sliced.
 
     The rest is needed only to say from `config.json` alone, without the model, what the model is made of:
 
@@ -106,6 +109,7 @@ class Family(_Entry):
     parts: dict[str, dict[str, Literal["input", "zeros", "pair"]]] = {}
     parts_when: str = ""
     files: dict[str, list[str]] = {}
+    norms: dict[str, str] = {}
     outer: dict[str, str | list[str]] = {}
     when: dict[str, str | bool] = {}
     aliases: dict[str, str] = {}

@@ -160,6 +160,11 @@ class FileLayout:
         block = self._blocks[index]
         return block if only is None else {name: form for name, form in block.items() if name in only}
 
+    def disassemble_outer(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `assemble_outer`; the tensors are views of the parameters."""
+        outer = self._outer.items()
+        return dict(piece for name, stored in outer for piece in stored.disassemble(parameters[name]))
+
     def _tied_names(self, source: str) -> list[str]:
         return [source, *(alias for alias, known in self._anatomy.tied.items() if known == source)]
 

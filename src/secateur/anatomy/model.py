@@ -158,6 +158,9 @@ class Anatomy:
         files: names on disk of a parameter that is stored otherwise than in memory. Several names are
             concatenated along the rows; `*` stands for the slices of the first dimension.
         inferred: found by looking at the model rather than by a family file.
+        outer_axes: of the parameters in `outer`, each dimension with its spaces, where the family file says.
+        norms: the two norms of every block with the module that reads each, attention first, where nothing
+            else stands between the residual stream and the two.
     """
 
     family: str
@@ -174,6 +177,8 @@ class Anatomy:
     keys: dict[str, str]
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     inferred: bool = False
+    outer_axes: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:

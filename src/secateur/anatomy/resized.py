@@ -12,6 +12,7 @@ from secateur.anatomy.family import load_family
 from secateur.anatomy.look import look_at
 from secateur.anatomy.model import Anatomy, Shape
 from secateur.anatomy.skeleton import build_meta
+from secateur.anatomy.sliced import OUTPUT_KEY
 from secateur.core.errors import AnatomyError
 from secateur.loading import MODEL_TYPE, REMOTE_CODE
 
@@ -27,6 +28,8 @@ def resized_config(
     sizes: Sequence[Sizes],
     shapes: Sequence[Mapping[str, Shape]],
     biases: Sequence[str] = (),
+    whole: Sizes | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Keys of config.json to replace or add, checked against the model that is then built.
 
@@ -37,18 +40,21 @@ def resized_config(
         shapes: of all tensors after the cut, a block.
         biases: matrices that get a bias they did not have. The stock class may give biases to others as
             well: the anatomy of the new configuration tells.
+        extra: further keys, which the loading code alone understands.
+        whole: sizes of spaces that are cut in the whole model alike, inside the blocks and outside.
 
     Raises:
         AnatomyError: the model classes of this family cannot have these sizes.
     """
-    known = config.get("per_layer_config", {})
+    known, keys = config.get("per_layer_config", {}), {"output": OUTPUT_KEY, **anatomy.keys}
     own = [
-        {**known.get(str(index), {}), **{anatomy.keys[space]: size for space, size in block.items()}}
+        {**known.get(str(index), {}), **{keys[space]: size for space, size in block.items()}}
         for index, block in enumerate(sizes)
     ]
     fixed = {"head_dim": anatomy.spaces["head_dim"]} if "head_dim" in anatomy.spaces else {}
+    fixed |= {anatomy.keys[space]: size for space, size in (whole or {}).items()}
     stock: dict[str, Any] = {**fixed, **own[0]}
-    switches = _switches(anatomy, biases)
+    switches = None if extra else _switches(anatomy, biases)
     if switches is not None and is_stock(config) and all(block == own[0] for block in own):
         stock |= dict.fromkeys(switches.values(), True)
         if _gives({**config, **stock}, anatomy, _with_biases(shapes, switches)):
@@ -58,6 +64,7 @@ def resized_config(
         **own_class(config),
         "per_layer_config": {str(index): block for index, block in enumerate(own)},
         "block_biases": list(dict.fromkeys([*config.get("block_biases", ()), *biases])),
+        **(extra or {}),
     }
     added = _with_biases(shapes, [f"{name}.bias" for name in biases])
     if not _gives({**config, **updates}, anatomy, added):

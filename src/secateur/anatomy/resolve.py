@@ -16,6 +16,7 @@ from secateur.anatomy.model import Anatomy
 from secateur.anatomy.resolver import assemble
 from secateur.anatomy.sizes import Sizes
 from secateur.anatomy.skeleton import build_meta, build_skeleton, check_decoder
+from secateur.anatomy.sliced import FLAG, sliced_family
 from secateur.loading.modeling_secateur import BlockConfig
 
 __all__ = ["build_skeleton", "resolve", "resolve_config"]
@@ -37,6 +38,8 @@ def resolve(config: PretrainedConfig, skeleton: PreTrainedModel | None = None) -
     family = load_family(kind)
     if family is None:
         return infer(config, model)
+    if getattr(config, FLAG, False):
+        family = sliced_family(family)
     sizes = Sizes.of(family, kind, values_of(config))
     own = {
         int(index): Sizes.of(family, kind, values_of(BlockConfig(config, changed)))

@@ -43,6 +43,8 @@ def assemble(
         spaces=sizes.spaces,
         keys=_keys(family.spaces),
         files={name: tuple(stored) for name, stored in family.files.items()},
+        outer_axes=_outer_axes(family, sizes, outline),
+        norms=family.norms,
     )
 
 
@@ -115,6 +117,16 @@ class _Blueprint:
                     f"{expected} from its family file",
                     REMEDY,
                 )
+
+
+def _outer_axes(family: Family, sizes: Sizes, outline: Outline) -> dict[str, tuple[Axis, ...]]:
+    """What the family file says about parameters outside the blocks, where it says it of this very shape."""
+    found: dict[str, tuple[Axis, ...]] = {}
+    for name in outline.outer.keys() & family.outer.keys():
+        axes = sizes.axes(listed(family.outer[name]))
+        if tuple(axis.size for axis in axes) == outline.outer[name]:
+            found[name] = axes
+    return found
 
 
 def _module(path: str, entry: MatrixEntry) -> str:

@@ -37,6 +37,12 @@ class Batch:
         """B * T, padding included."""
         return self.windows.ids.numel()
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) real tokens of each window."""
+        ids, mask = self.windows.ids, self.windows.mask
+        return torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1)
+
     def real(self, hidden: Tensor) -> Tensor:
         """The real tokens of (B, T, d), as (tokens, d)."""
         flat = hidden.flatten(0, 1)
@@ -64,6 +70,7 @@ class Activations:
         self.batches: list[Batch] = []
         self._forward, self._shape = forward, (count, length)
         self._buffer: Tensor | None = None
+        self._widths: dict[int, int] = {}  # of the batches; the blocks of a sliced model differ
 
     def add(self, windows: Windows) -> None:
         """Run everything before block 0 on the next batch."""
@@ -85,7 +92,8 @@ class Activations:
 
     def input(self, batch: Batch) -> Tensor:
         """(B, T, d) on the device."""
-        return self._held[batch.where].to(self.device, non_blocking=True)
+        held = self._held[batch.where][..., : self._widths[batch.where.start]]
+        return held.to(self.device, non_blocking=True)
 
     def run(self, batch: Batch, index: int, module: nn.Module, hidden: Tensor | None = None) -> Tensor:
         """Output of block `index`, (B, T, d), from what is held or from other hidden states."""
@@ -95,7 +103,11 @@ class Activations:
 
     def replace(self, batch: Batch, hidden: Tensor) -> None:
         """Let the output of a block be the input of the next."""
-        self._held[batch.where].copy_(hidden, non_blocking=True)
+        width = self._widths[batch.where.start] = hidden.shape[-1]
+        if width > self._held.shape[-1]:
+            narrow, self._buffer = self.copy(), _allocate(self._shape, hidden)
+            self._held[..., : narrow.shape[-1]].copy_(narrow)
+        self._held[batch.where][..., :width].copy_(hidden, non_blocking=True)
 
     def copy(self) -> Tensor:
         """What is held, (n, T, d); empty if nothing is."""

@@ -217,6 +217,29 @@ class OpenBlock:
             raise RuntimeError("a pass without activations has no outputs")
         return self._held.run(batch, self.index, self.module)
 
+    def inputs(self) -> Iterator[Tensor]:
+        """The real tokens that enter the block, (tokens, d) batch by batch."""
+        assert self._held is not None
+        for batch in self._held.batches:
+            yield batch.real(self._held.input(batch))
+
+    def reaching(self, path: str) -> Iterator[Tensor]:
+        """The real tokens that enter a submodule, (tokens, d) batch by batch; the block is run no further."""
+        held, seen = self._held, list[Tensor]()
+        assert held is not None
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise SeenError
+
+        hook = self.module.get_submodule(path).register_forward_pre_hook(stop)
+        try:
+            for batch in held.batches:
+                self._run_until_seen(held, batch)
+                yield batch.real(seen.pop())
+        finally:
+            hook.remove()
+
     def _run_until_seen(self, held: Activations, batch: Batch) -> Tensor | None:
         """The output of the block, or `None` where it was left as soon as every site was reached."""
         try:

@@ -48,9 +48,9 @@ class Gram:
         """(C,) float64."""
         return torch.cat([panel.diagonal() for panel in self._panels])
 
-    def take(self) -> Tensor:
-        """(C, C) float32, exactly symmetric. The sums are gone afterwards."""
-        full = torch.empty(self.columns, self.columns, device=self._panels[0].device)
+    def take(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(C, C), exactly symmetric. The sums are gone afterwards."""
+        full = torch.empty(self.columns, self.columns, dtype=dtype, device=self._panels[0].device)
         for start, panel in self._each():
             stop = start + len(panel)
             square = panel[:, : len(panel)]
@@ -77,13 +77,15 @@ class Moments:
         self.columns, self.tokens = columns, 0
         self._needs = frozenset(needs)
         self._chunk = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
-        zeros = torch.zeros(2, columns, dtype=torch.float64, device=device)
+        zeros = torch.zeros(3, columns, dtype=torch.float64, device=device)
         self._gram = Gram(columns, device) if "hessian" in needs else None
         self._squares = zeros[0] if "second_moment" in needs and self._gram is None else None
         self._sum = zeros[1] if "mean" in needs else None
+        self._activity = zeros[2] if "activity" in needs else None
 
-    def add(self, rows: Tensor) -> None:
-        """Add tokens: `rows` (tokens, C) of any floating dtype."""
+    def add(self, rows: Tensor, lengths: Tensor | None = None) -> None:
+        """Add tokens: `rows` (tokens, C) of any floating dtype; for `activity` with the `lengths` (B,) of the
+        sequences they are from."""
         self.tokens += len(rows)
         for part in torch.split(rows, max(1, self._chunk // self.columns)):
             exact = part.float()
@@ -91,6 +93,8 @@ class Moments:
                 self._squares += exact.square().sum(0)
             if self._sum is not None:
                 self._sum += exact.sum(0)
+        if self._activity is not None:
+            self._activity += _sequence_means(rows, lengths).square().sum(0)
         if self._gram is not None:
             with exact_products():
                 for part in torch.split(rows, max(1, GPU_CHUNK_ELEMENTS // self.columns)):
@@ -99,14 +103,26 @@ class Moments:
     @property
     def sums(self) -> list[Tensor]:
         """What adds up over processes, beside `tokens`."""
-        kept = [tensor for tensor in (self._squares, self._sum) if tensor is not None]
+        kept = [tensor for tensor in (self._squares, self._sum, self._activity) if tensor is not None]
         return kept + (self._gram.sums if self._gram else [])
 
     def take(self, sequences: int) -> InputStatistics:
         """The statistics, of tokens from so many sequences. The sums are gone afterwards."""
-        found = InputStatistics(self.columns, self.tokens, sequences, self._squares, self._sum)
+        found = InputStatistics(
+            self.columns, self.tokens, sequences, self._squares, self._sum, activity=self._activity
+        )
         if self._gram is not None:
             found.second_moment = self._gram.diagonal()
             found.hessian = self._gram.take()
             self._gram = None
         return found
+
+
+def _sequence_means(rows: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, C) float64 mean over the tokens of each sequence of |x|; rows stand sequence by sequence."""
+    if lengths is None:
+        raise ValueError("activity is observed where whole sequences arrive, not at experts")
+    owners = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), lengths.to(rows.device))
+    sums = torch.zeros(len(lengths), rows.shape[1], dtype=torch.float64, device=rows.device)
+    sums.index_add_(0, owners, rows.abs().double())
+    return sums / lengths.to(rows.device).clamp_min(1)[:, None]

@@ -104,7 +104,7 @@ class Probes:
         def watch(tensors: list[Tensor]) -> None:
             rows = self.real(tensors[0])
             for one in moments:
-                one.add(rows)
+                one.add(rows, self._batch.lengths if self._batch else None)
 
         return watch
 

@@ -28,6 +28,8 @@ ROOMS = {
         "blockpruner",
         "tyr",
         "prunenet",
+        "minitron",
+        "slicegpt",
     ),
 }
 """The methods that come with secateur; each is a file of its room."""

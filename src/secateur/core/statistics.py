@@ -14,6 +14,7 @@ Statistic = Literal[
     "second_moment",
     "mean",
     "hessian",
+    "activity",
     "gradient",
     "taylor_vector",
     "taylor_first",
@@ -42,6 +43,7 @@ class InputStatistics:
         second_moment: (C,) float64, sum over t of x_t^2.
         mean: (C,) float64, sum over t of x_t (divide by `tokens` for the mean).
         hessian: (C, C) float32, sum over t of x_t x_t^T.
+        activity: (C,) float64, sum over sequences of the squared mean over their tokens of |x_t|.
         cache: what a method derived from these and the next matrix with the same input can use again.
     """
 
@@ -51,6 +53,7 @@ class InputStatistics:
     second_moment: Tensor | None = None
     mean: Tensor | None = None
     hessian: Tensor | None = None
+    activity: Tensor | None = None
     cache: dict[object, object] = field(default_factory=dict, repr=False)
 
     def input_norms(self) -> Tensor:

@@ -11,7 +11,9 @@ from typing import Any
 from secateur.anatomy.model import Anatomy
 from secateur.anatomy.resized import is_stock
 from secateur.anatomy.resolve import resolve_config
+from secateur.anatomy.sliced import FLAG
 from secateur.core.errors import AnatomyError, ExportError
+from secateur.formats.fit import SLICED
 
 __all__ = ["ADDED", "uniform"]
 
@@ -36,6 +38,10 @@ def uniform(config: Mapping[str, Any], anatomy: Anatomy) -> tuple[dict[str, Any]
             f"a model of type {config.get('model_type')!r}, whose blocks are uniform already",
             "one with sizes of its own in each block",
             "use the folder as it is",
+        )
+    if config.get(FLAG):
+        raise ExportError(
+            "a sliced model", "blocks that share one basis, so that zeros can widen them", SLICED
         )
     family, own = config["base_model_type"], config.get("per_layer_config", {}).values()
     changed = {key for block in own for key in block if key in anatomy.keys.values()}

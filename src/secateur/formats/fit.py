@@ -14,6 +14,7 @@ from secateur.formats.rope import rope_keys
 __all__ = ["NO_MLP", "Fit", "fit"]
 
 PAD = "pad it to uniform sizes: secateur export MODEL --format dense -o PATH"
+SLICED = "remove heads and channels instead: flap"
 NO_MLP = 1
 """Channels, all zero, of a block without a feed-forward part: llama.cpp drops the attention of a block
 whose feed_forward_length is 0 (its graph `deci` leaves such a block before the residual sum)."""
@@ -99,6 +100,8 @@ def fit(form: Form | None, kind: str) -> Fit:
             f"one of {', '.join(sorted(known))}",
             "convert it with llama.cpp's own script",
         )
+    if form.sliced:
+        raise ExportError(f"a sliced {form.family!r} as GGUF", "a residual stream of one basis", SLICED)
     family = known[form.family]
     _require(form, family)
     reasons = []

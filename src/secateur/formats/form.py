@@ -64,6 +64,11 @@ class Form:
         )
 
     @property
+    def sliced(self) -> bool:
+        """Each half of a block has a basis of its own (slicegpt)."""
+        return bool(self.config.get("residual_shortcuts"))
+
+    @property
     def layers(self) -> int:
         return len(self.heads)
 

@@ -43,6 +43,8 @@ def _class_name(config: Mapping[str, Any]) -> str:
 
 def _vllm(config: Mapping[str, Any], form: Form | None) -> str:
     if config.get("model_type") == MODEL_TYPE:
+        if form is not None and form.sliced:
+            return f"no: each half of a block has a basis of its own ({NOT_TRIED})"
         why = (
             "blocks differ in size"
             if form is None or not form.even

@@ -6,7 +6,8 @@ checkpoint with blocks of unequal sizes, for `trust_remote_code=True` where seca
 
 The config is that of the family, with `per_layer_config` for the sizes of single blocks and what they `skip`,
 `block_parts` for the modules that a skipped part consists of, and `block_biases` for matrices that have a
-bias which the family's class would not give them.
+bias which the family's class would not give them. With `residual_shortcuts` the hidden size of blocks is
+smaller than that of the model, and each half of a block has a basis of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -127,6 +129,8 @@ class _BlocksOfOwnSize:
             for block in blocks:
                 if name in dict(block.named_modules()):
                     _give_bias(block, name)
+        if getattr(config, "residual_shortcuts", False):
+            _slice_residual(self, blocks, config)
         self.post_init()  # type: ignore[attr-defined]
 
 
@@ -171,6 +175,59 @@ def _give_bias(block: nn.Module, name: str) -> None:
     matrix: Any = block.get_submodule(name)
     if matrix.bias is None:
         matrix.bias = nn.Parameter(matrix.weight.new_zeros(matrix.weight.shape[0]))
+
+
+class _PlainNorm(nn.Module):
+    """Root mean square over the width that the residual stream had; the weights are in the next matrices."""
+
+    def __init__(self, width: int, norm: Any) -> None:
+        super().__init__()
+        self.width, self.eps = width, float(norm.variance_epsilon)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        scale = torch.rsqrt(exact.square().sum(-1, keepdim=True) / self.width + self.eps)
+        return (exact * scale).to(hidden.dtype)
+
+
+class _ShortcutBlock:
+    """A block each half of which reads the residual stream in one basis and writes it in the next."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        block: Any = self
+        multiplier = getattr(block, "residual_multiplier", 1.0)
+        added = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **kwargs)[0]
+        hidden_states = nn.functional.linear(hidden_states, block.attention_shortcut) + added * multiplier
+        added = block.mlp(block.post_attention_layernorm(hidden_states))
+        leaving: Tensor = nn.functional.linear(hidden_states, block.mlp_shortcut) + added * multiplier
+        return leaving
+
+
+def _slice_residual(model: Any, blocks: nn.ModuleList, config: Any) -> None:
+    """Make embedding, blocks and, where the last block writes fewer, norm and head of the sliced widths."""
+    wide, written = config.hidden_size, config.hidden_size
+    for index, block in enumerate(blocks):
+        own = config.block_sizes[str(index)]
+        width, written = own["hidden_size"], own.get("output_size", own["hidden_size"])
+        _give_shortcuts(block, wide, width, written)
+    old = model.get_input_embeddings()
+    narrow = config.block_sizes["0"]["hidden_size"]
+    model.set_input_embeddings(nn.Embedding(old.num_embeddings, narrow, old.padding_idx))
+    if written != wide:
+        model.model.norm = _PlainNorm(wide, model.model.norm)
+        model.set_output_embeddings(nn.Linear(written, old.num_embeddings, bias=False))
+
+
+def _give_shortcuts(block: Any, wide: int, width: int, written: int) -> None:
+    stock = type(block)
+    block.__class__ = type(f"Shortcut{stock.__name__}", (_ShortcutBlock, stock), {})
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        setattr(block, name, _PlainNorm(wide, getattr(block, name)))
+    block.attention_shortcut = nn.Parameter(torch.empty(width, width))
+    block.mlp_shortcut = nn.Parameter(torch.empty(written, width))
+    if written != width:
+        last = block.mlp.down_proj
+        block.mlp.down_proj = nn.Linear(last.in_features, written, bias=last.bias is not None)
 
 
 def _keep_conversions(family: str, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from safetensors.torch import save
 from torch import Tensor
 
+from secateur.anatomy.sliced import require_unsliced
 from secateur.core.errors import RecipeError
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.remaining import Remaining
@@ -25,6 +26,7 @@ def check_depth(opened: Opened, method: DepthMethod, recipe: Recipe) -> None:
             "a method that scores heads and channels",
             "leave --scores out",
         )
+    require_unsliced(opened.checkpoint.config)
     _count(len(opened.anatomy.blocks), recipe.resolved_sparsity)
 
 

@@ -15,11 +15,21 @@ from secateur.pipeline.depth_run import check_depth, prune_depth
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.pieces_run import check_pieces, prune_pieces
 from secateur.pipeline.search_run import check_search, prune_search
+from secateur.pipeline.slice_run import check_slices, prune_slices
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.structure_run import check_structure, decode_table, prune_structure, structure_observes
 from secateur.pipeline.weights_run import check_weights, prune_weights, weights_observe
+from secateur.pipeline.width_run import check_width, prune_width
 from secateur.recipe import Recipe
-from secateur.structure.base import AdaptiveMethod, DepthMethod, PieceMethod, SearchMethod, StructureMethod
+from secateur.structure.base import (
+    AdaptiveMethod,
+    DepthMethod,
+    PieceMethod,
+    SearchMethod,
+    SliceMethod,
+    StructureMethod,
+    WidthMethod,
+)
 from secateur.weights.base import WeightMethod
 
 __all__ = ["checked_method", "measured_decode", "observes", "prune_blocks_of"]
@@ -50,6 +60,8 @@ WAYS = (
     _Way(AdaptiveMethod, check_adaptive, prune_adaptive),
     _Way(DepthMethod, check_depth, prune_depth),
     _Way(PieceMethod, check_pieces, prune_pieces),
+    _Way(WidthMethod, check_width, prune_width),
+    _Way(SliceMethod, check_slices, prune_slices),
 )
 """The first whose base class a method has is its way."""
 

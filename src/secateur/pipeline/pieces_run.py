@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.anatomy.parts import Parts, part_sizes, parts_of
 from secateur.anatomy.resized import is_stock
+from secateur.anatomy.sliced import require_unsliced
 from secateur.checkpoint.durable import write_bytes
 from secateur.core.errors import AnatomyError, InputError, NumericsError, RecipeError
 from secateur.core.progress import Task
@@ -50,6 +51,7 @@ def check_pieces(opened: Opened, method: PieceMethod, recipe: Recipe) -> None:
         AnatomyError: a family whose parts are not known.
         InputError: an order of another model, or one that ends too early.
     """
+    require_unsliced(opened.checkpoint.config)
     pieces = _pieces(opened, method)
     total, budget = opened.anatomy.block_parameters, _budget(opened, recipe)
     sizes = [piece.parameters for piece in pieces]

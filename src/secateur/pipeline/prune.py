@@ -92,11 +92,12 @@ def prune_checkpoint(
             outcome = prune_blocks_of(run)
             if writer is None:
                 return None
-            copy_outer(opened, writer)
+            copy_outer(opened, writer, outcome.outer)
             folder = writer.assemble(config_updates=outcome.config_updates, dropped=outcome.dropped)
             add_code(folder)
             pruned = open_model(folder)
-            pruned.share_outer(dense)
+            if outcome.outer is None:
+                pruned.share_outer(dense)
             report = _judge(run, (dense, pruned), outcome, marks, command, started)
             report = report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
             writer.finish(extra={**outcome.files, **published_files(report, opened)})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 import secateur
 from secateur.anatomy.resized import is_stock
@@ -35,8 +38,16 @@ def add_code(folder: Path) -> None:
         write_bytes(folder / REMOTE_CODE, code.read_bytes())
 
 
-def copy_outer(opened: Opened, writer: CheckpointWriter) -> None:
-    """Embeddings, norm, head and whatever belongs to no module go over unchanged."""
-    names = [*opened.layout.outer_names(), *opened.layout.untouched]
-    if "outer" not in writer.parts:
-        writer.write("outer", opened.checkpoint.read(names), {})
+def copy_outer(
+    opened: Opened,
+    writer: CheckpointWriter,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> None:
+    """Embeddings, norm and head go over unchanged, or as `change` makes them by their names on disk; what
+    belongs to no module always goes over unchanged."""
+    if "outer" in writer.parts:
+        return
+    layout, checkpoint = opened.layout, opened.checkpoint
+    outer = checkpoint.read(layout.outer_names())
+    changed = change(outer) if change else outer
+    writer.write("outer", {**changed, **checkpoint.read(layout.untouched)}, {})

@@ -111,6 +111,8 @@ class Outcome:
         zeros: weights that were set to zero and are still stored.
         config_updates: keys of config.json that change.
         dropped: tensors of the source that are gone.
+        outer: what is written in place of the tensors outside the blocks, both by their names on disk; None
+            copies them.
         files: further files to publish.
         warnings: what the user should know, one sentence each.
         requested: the sparsity that was asked for, where the recipe says a budget or a plan instead.
@@ -123,6 +125,7 @@ class Outcome:
     zeros: int = 0
     config_updates: dict[str, Any] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
+    outer: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     files: dict[str, str | bytes] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     requested: float | None = None

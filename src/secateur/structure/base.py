@@ -28,10 +28,12 @@ __all__ = [
     "Piece",
     "PieceMethod",
     "SearchMethod",
+    "SliceMethod",
     "Spread",
     "StructureMethod",
     "UnitMethod",
     "UnitProblem",
+    "WidthMethod",
     "register",
 ]
 
@@ -322,6 +324,60 @@ class SearchMethod(StructureMethod):
         candidates = (self.offspring, *self.survivors)
         stages = sum(count * tokens for count, tokens in zip(candidates, self.tokens, strict=False))
         return self.iterations * self.generations * (stages + self.tokens[-1])
+
+
+class WidthMethod(Method):
+    """Base of the methods that make the whole model narrower, every block alike."""
+
+    family: ClassVar[str] = "structure"
+    removes: ClassVar[str] = "hidden dimensions, heads and feed-forward channels, as many in every block"
+    effect: ClassVar[str] = "a narrower dense model of the same class: fewer bytes and faster everywhere"
+
+    search: int = Field(
+        0,
+        ge=0,
+        description="so many of the largest models within the budget are tried on the calibration text "
+        "(0: shrink everything alike)",
+    )
+
+    @property
+    def widths(self) -> list[str]:
+        """What shrinks: some of `hidden`, `heads`, `ffn`."""
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """By width, what it stays a multiple of."""
+        raise NotImplementedError
+
+    def importance(self, inputs: InputStatistics) -> Tensor:
+        """(C,) importance of every entry of an input."""
+        raise NotImplementedError
+
+
+class SliceMethod(Method):
+    """Base of the methods that rotate the residual stream and keep the first of its new directions."""
+
+    family: ClassVar[str] = "structure"
+    removes: ClassVar[str] = "directions of the residual stream"
+    effect: ClassVar[str] = (
+        "narrower matrices and two small ones more in every block: fewer bytes, faster on long texts"
+    )
+
+    round_to: int = Field(8, ge=1, description="the width that stays is a multiple of this")
+    slice_head: bool = Field(False, description="slice what the last block writes and the head reads, too")
+    orientation: Literal["random", "pca"] = Field(
+        "random",
+        description="turn what stays at random, so that no entry is special, or leave it by variance",
+    )
+
+    def directions(self, covariance: Tensor) -> Tensor:
+        """(d, d) float64: orthonormal columns, the most important first.
+
+        Args:
+            covariance: (d, d) float64, sum of x x^T over the tokens at one place of the residual stream.
+        """
+        raise NotImplementedError
 
 
 M = TypeVar("M", bound=type[Method])
