@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny_tokenizer
 
 import secateur
+from secateur.anatomy.parts import parts_of
+from secateur.anatomy.shorter import shorter_config
 from secateur.cli.app import run
 from secateur.core.errors import ExportError, InputError, OutputError
 from secateur.formats.catalogue import families
 from secateur.formats.gguf_tensors import neighbours
+from secateur.pipeline.opened import open_model
 
 from .cut_models import save_cut
 
@@ -163,14 +166,22 @@ def test_added_biases_go_where_the_graph_reads_them(place: Path) -> None:
     assert torch.equal(rotated, stored["model.layers.2.self_attn.q_proj.bias"])
 
 
+def leave_out(folder: Path, skips: dict[int, list[str]]) -> None:
+    """Take parts of blocks out of a checkpoint of one file."""
+    opened = open_model(folder)
+    config, parts = opened.checkpoint.config, parts_of(opened.config)
+    kept = range(len(opened.anatomy.blocks))
+    updates, _ = shorter_config(config, opened.anatomy, kept, skips, parts)
+    gone = tuple(f".{index}.{name}." for index, own in skips.items() for part in own for name in parts[part])
+    tensors = load_file(folder / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if not any(path in name for path in gone)}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, **updates}))
+
+
 def test_blocks_without_a_part_are_written_as_llama_cpp_takes_them(place: Path) -> None:
     model = save_cut("llama", place, targets="ffn")
-    path = model / "config.json"
-    config = json.loads(path.read_text())
-    config["per_layer_config"]["0"]["skip"] = ["self_attn"]
-    config["per_layer_config"]["1"]["skip"] = ["self_attn"]
-    config["per_layer_config"]["2"]["skip"] = ["mlp"]
-    path.write_text(json.dumps(config))
+    leave_out(model, {0: ["self_attn"], 1: ["self_attn"], 2: ["mlp"]})
     _, reader = exported(model, place / "skip.gguf")
     found = tensors(reader)
     ffn = value(reader, "deci.feed_forward_length")

@@ -46,7 +46,9 @@ def test_blocks_that_differ_load_with_code_or_as_deci(tmp_path: Path) -> None:
 
 
 def test_added_biases_alone_keep_a_model_out_of_vllm(tmp_path: Path) -> None:
-    found = judged(save_cut("llama", tmp_path, "bias", spread="uniform"))
+    """Where the class has keys for such biases, they keep no model out."""
+    assert judged(save_cut("llama", tmp_path, "bias", spread="uniform"))["vllm"].startswith("yes")
+    found = judged(save_cut("mistral", tmp_path, "bias", spread="uniform"))
     assert found["vllm"].startswith("no: biases that its class does not have")
     assert "architecture llama " in found["gguf"]
 

@@ -40,9 +40,7 @@ def uniform(config: Mapping[str, Any], anatomy: Anatomy) -> tuple[dict[str, Any]
             "use the folder as it is",
         )
     if config.get(FLAG):
-        raise ExportError(
-            "a sliced model", "blocks that share one basis, so that zeros can widen them", SLICED
-        )
+        raise ExportError("a sliced model", "blocks of one basis, which zeros can widen", SLICED)
     family, own = config["base_model_type"], config.get("per_layer_config", {}).values()
     changed = {key for block in own for key in block if key in anatomy.keys.values()}
     sizes = {key: max(block.get(key, config.get(key, 0)) for block in own) for key in changed}
