@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from secateur.core.errors import InputError, RecipeError, did_you_mean
 from secateur.core.method import METHODS, Method
 from secateur.core.pattern import Pattern
 from secateur.core.plan import Plan
+from secateur.recovery.schedule import Split, shard_sizes, stage_sparsities
 
 if TYPE_CHECKING:
     from secateur.recovery.base import RecoveryMethod
@@ -208,6 +210,7 @@ class Recovery(BaseModel):
         teacher: the dense model to learn from and to be judged against; None: of a chain the dense model,
             else none. `none` is for none in a chain, too.
         tokens: that are learnt from in all; a text with fewer is read again in another order.
+        skip: tokens of the text that are passed over first, such as those an earlier stage has learnt from.
         length: tokens a window; by default what the model allows, at most 2,048.
         batch_size: windows a step.
         learning_rate, rank: the options of these names.
@@ -222,6 +225,7 @@ class Recovery(BaseModel):
     column: str | None = None
     teacher: str | None = None
     tokens: int = Field(default=200_000, ge=0)
+    skip: int = Field(default=0, ge=0)
     length: int | None = Field(default=None, ge=2)
     batch_size: int = Field(default=8, ge=1)
     learning_rate: float | None = None
@@ -292,6 +296,11 @@ def read_recipe(path: Path, **overrides: Any) -> list[Recipe | RecoveryRecipe]:
         RecipeError: an unknown or wrong key.
     """
     values = _read_yaml(path)
+    turns = values.pop("interleave", None)
+    if turns is not None and "stages" in values:
+        raise RecipeError(f"stages and interleave in {path}", "one of them", "see docs/recipes.md")
+    if turns is not None:
+        values["stages"] = parse(Interleave, turns, f"interleave in {path}").stages()
     stages = values.pop("stages", [{}])
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise RecipeError(
@@ -304,6 +313,44 @@ def read_recipe(path: Path, **overrides: Any) -> list[Recipe | RecoveryRecipe]:
             f"{own[0]} in a stage of {path}", "one for all stages", f"write {own[0]} above the stages"
         )
     return [_stage(_merged(values, stage), overrides, str(path)) for stage in stages]
+
+
+class Interleave(BaseModel):
+    """Pruning and training in turns, which become the stages of a chain (adapt-pruner, section 2.4).
+
+    Attributes:
+        turns: of pruning and training.
+        sparsity: fraction removed after all of them, in equal amounts.
+        prune: settings of the pruning stages.
+        recover: settings of the training stages; `tokens` is what all of them learn from.
+        split: `linear` gives later turns more of the tokens, `constant` all the same.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    turns: int = Field(ge=2)
+    sparsity: float = Field(gt=0, lt=1)
+    prune: dict[str, Any]
+    recover: dict[str, Any]
+    split: Split = "linear"
+
+    def stages(self) -> list[dict[str, Any]]:
+        """The stages; one curve of the learning rate and one pass over the text run through them."""
+        recover = Recovery.model_validate(self.recover)
+        sizes = shard_sizes(recover.tokens, self.turns, self.split)
+        found: list[dict[str, Any]] = []
+        for size, sparsity, behind in zip(
+            sizes, stage_sparsities(self.sparsity, self.turns), accumulate([0, *sizes]), strict=False
+        ):
+            part = {
+                "schedule": "wsd",
+                **recover.options,
+                "schedule_start": behind / max(recover.tokens, 1),
+                "schedule_end": (behind + size) / max(recover.tokens, 1),
+            }
+            train = {**self.recover, "tokens": size, "skip": recover.skip + behind, "options": part}
+            found += [{**self.prune, "sparsity": sparsity}, {"recover": train}]
+        return found
 
 
 def _stage(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe | RecoveryRecipe:

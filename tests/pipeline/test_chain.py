@@ -13,7 +13,7 @@ from secateur.cli.app import run
 from secateur.core.errors import OutputError, RecipeError, ResumeError
 from secateur.pipeline import chain
 from secateur.pipeline.chain import prune_chain
-from secateur.recipe import Recipe, read_recipe
+from secateur.recipe import Recipe, RecoveryRecipe, read_recipe
 from secateur.report.model import Report
 
 TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
@@ -112,4 +112,44 @@ def test_wrong_stages_are_refused(stages: object, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"model": "m", "stages": stages}), encoding="utf-8")
     with pytest.raises(RecipeError):
+        read_recipe(path)
+
+
+def test_turns_become_stages_with_one_curve_and_one_pass(tmp_path: Path) -> None:
+    path = tmp_path / "turns.yaml"
+    path.write_text(
+        "model: seedling\n"
+        "interleave:\n"
+        "  turns: 4\n"
+        "  sparsity: 0.4\n"
+        "  prune: {method: adapt-pruner}\n"
+        "  recover: {how: full, text: words.txt, tokens: 1000, skip: 50}\n"
+    )
+    stages = read_recipe(path)
+    pruned = [stage for stage in stages if isinstance(stage, Recipe)]
+    trained = [stage.recover for stage in stages if isinstance(stage, RecoveryRecipe)]
+    assert [isinstance(stage, Recipe) for stage in stages] == [True, False] * 4
+    left = 1.0
+    for stage in pruned:
+        left *= 1 - stage.resolved_sparsity
+    assert left == pytest.approx(0.6)
+    assert [part.tokens for part in trained] == [100, 200, 300, 400]
+    assert [part.skip for part in trained] == [50, 150, 350, 650]
+    curve = [(part.options["schedule_start"], part.options["schedule_end"]) for part in trained]
+    assert curve == [(0.0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1.0)]
+    assert {part.options["schedule"] for part in trained} == {"wsd"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("interleave: {turns: 1, sparsity: 0.4, prune: {}, recover: {text: a}}", "interleave"),
+        ("interleave: {turns: 2, sparsity: 0.4, prune: {}, recover: {text: a}}\nstages: []", "one of them"),
+        ("interleave: {turn: 2, sparsity: 0.4, prune: {}, recover: {text: a}}", "turns"),
+    ],
+)
+def test_turns_that_make_no_sense_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "turns.yaml"
+    path.write_text(f"model: seedling\n{text}\n")
+    with pytest.raises(RecipeError, match=message):
         read_recipe(path)

@@ -54,7 +54,7 @@ def load_recovery_data(
     recover = recipe.recover
     length = window_length(opened, recover.length)
     run = load_run_data(opened, recipe, progress, cache=cache)
-    judged = -(-_judged_tokens(recipe, run) // length)
+    judged = -(-(_judged_tokens(recipe, run) + recover.skip) // length)
     wanted = max(-(-recover.tokens // length), recover.batch_size) + recover.validation_windows
     source = Calibration(source=recover.text, column=recover.column, length=length)
     place = choose_device(recipe.device)
@@ -62,7 +62,8 @@ def load_recovery_data(
     if len(windows) < judged + recover.validation_windows + recover.batch_size:
         raise CalibrationError(
             f"{recover.text} has {len(windows)} windows of {length} tokens",
-            f"{judged} to judge by, {recover.validation_windows} to validate, {recover.batch_size} to train",
+            f"{judged} to judge by or skip, {recover.validation_windows} to validate, "
+            f"{recover.batch_size} to train",
             "give more text, or lower --length, --evaluation-windows, --batch-size or --validation-windows",
         )
     rest = windows.split(judged)[1] if judged else windows
