@@ -62,6 +62,7 @@ def run(
             "evaluation_windows": arguments.test_windows,
             "seed": arguments.seed,
             "measure_speed": False,
+            "check_loading": False,
         }
         report = secateur.prune(
             arguments.model,
