@@ -98,7 +98,7 @@ def test_names_shapes_dtypes_and_zeros_stay(
         changed += not torch.equal(before, after)
     assert changed > 2
     assert torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
-    companions = {path.name for path in (models / name).iterdir()} - {"scores.safetensors"}
+    companions = {path.name for path in (models / name).iterdir()} - {"scores.safetensors", "plan.json"}
     assert companions <= {path.name for path in (tmp_path / "out").iterdir()}
     stages = [stage.method for stage in report.stages]
     assert stages == [Report.load(models / name).method, how]
