@@ -105,7 +105,6 @@ def asked(folder: Path, **changes: Any) -> str:
 @pytest.mark.reopens
 def test_what_is_wrong_with_files_is_seen_with_and_without_weights(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model")
-    assert asked(model) == "yes: LlamaForCausalLM, opened and run in a fresh process"
     large = asked(model, nbytes=5_000_000_000)
     assert large == "yes: LlamaForCausalLM, built without weights in a fresh process"
     tensors = load_file(model / "model.safetensors")
