@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from secateur.evaluation import reopen
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,8 +28,20 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_reopened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_reopened() -> Iterator[Callable[..., str]]:
     """Many tests prune: none starts a second process to look at its result, but those marked `reopens`."""
-    if "reopens" not in request.keywords:
-        monkeypatch.setattr("secateur.evaluation.reopen.reopen", lambda *_, **__: "yes: as told by the tests")
+    real = reopen.reopen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reopen, "reopen", lambda *_, **__: "yes: as told by the tests")
+        yield real
+
+
+@pytest.fixture(autouse=True)
+def reopened_where_marked(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_is_reopened: Callable[..., str],
+) -> None:
+    if "reopens" in request.keywords:
+        monkeypatch.setattr(reopen, "reopen", nothing_is_reopened)
