@@ -13,6 +13,8 @@ __all__ = ["least_loss"]
 Floats = NDArray[np.float64]
 
 HALVINGS = 200
+FINENESS = 1e4
+"""The gap as HiGHS sees it, which takes differences of 1e-6 for nothing."""
 NODES = 20_000
 SAFETY = 1e-6
 
@@ -125,7 +127,7 @@ def _solve(
     one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     for tolerance in (0.0, SAFETY, 10 * SAFETY):  # HiGHS accepts a constraint that is missed by very little
         found = milp(
-            loss / gap,
+            loss * (FINENESS / gap),
             integrality=np.ones(len(loss)),
             bounds=Bounds(0, 1),
             constraints=[
