@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -18,7 +21,7 @@ from secateur.structure.base import Losses, StructureMethod
 from secateur.structure.flap import Flap
 from secateur.structure.goal import Goal
 from secateur.structure.knapsack import loss_curves
-from secateur.structure.nearest import nearest_uniform
+from secateur.structure.nearest import _by_distance, nearest_uniform
 from secateur.structure.units import units_of
 from secateur.structure.wanda_structure import WandaStructure
 
@@ -284,6 +287,49 @@ def test_the_nearest_uniform_plan_is_uniform_as_small_and_legal() -> None:
             gone = group.units.others(stays)
             if len(gone):
                 assert group.scores[gone].max() <= group.scores[stays].min()
+
+
+def test_blocks_of_different_sizes_become_equal_where_no_stock_class_must_load_them() -> None:
+    found = [
+        Scored(g.block, replace(g.units, count=g.units.count - lost), g.scores[lost:])
+        for g, lost in zip(groups(5), (0, 10, 1, 20, 0, 0), strict=True)
+    ]
+    method = WandaStructure.from_options({"spread": "global"})
+    unequal = allocate(found, SIZES, 0.3, method)
+    assert len({len(stays) for stays in unequal[1::2]}) > 1
+    kept = nearest_uniform(found, unequal, method)
+    assert kept is not None
+    for kind in ("kv_groups", "ffn"):
+        assert len({len(stays) for g, stays in zip(found, kept, strict=True) if g.units.kind == kind}) == 1
+    assert removed(found, kept) >= removed(found, unequal)
+
+
+def test_the_nearest_uniform_plan_of_many_different_blocks_is_found_at_once() -> None:
+    """Were each size a kind of its own, there would be some 90 to the power of 6 plans to look at."""
+    blocks = resolve(tiny_model("llama", num_hidden_layers=40).config).blocks
+    method = WandaStructure.from_options({"spread": "global"})
+    found = [
+        Scored(block.index, replace(units, count=size), torch.rand(size))
+        for block in blocks
+        for units in units_of(block)
+        if units.kind == "ffn"
+        for size in [units.count - block.index % 7]
+    ]
+    kept = [torch.arange(group.units.count - group.block % 3) for group in found]
+    equal = nearest_uniform(found, kept, method)
+    assert equal is not None
+    assert len({len(stays) for stays in equal}) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), max_size=3), st.data())
+def test_widths_come_nearest_first_and_each_once(counts: list[int], data: st.DataObject) -> None:
+    coarse = [SimpleNamespace(count=count, widths=partial(range, 1, count + 1)) for count in counts]
+    means = [data.draw(st.floats(0, own.count)) for own in coarse]
+    found = list(_by_distance(coarse, means))
+    assert sorted(found) == sorted(product(*(own.widths() for own in coarse)))
+    away = [sum(abs(w - m) / own.count for w, m, own in zip(at, means, coarse, strict=True)) for at in found]
+    assert away == pytest.approx(sorted(away))
 
 
 def test_no_uniform_plan_where_none_is_that_small() -> None:

@@ -193,10 +193,12 @@ def draft(
     turns = found.get(method.change) if found else None
     angles = torch.zeros(len(blocks)) if turns is None else turns
     kept = allocate(scored, sizes, sparsity, method, angles, goal=goal)
-    equal = _equal(opened, method, scored, kept, goal) if method.spread != "uniform" else None
+    even = method.spread == "uniform" and is_stock(opened.checkpoint.config)
+    even = even or _alike(opened, scored, kept)
+    equal = None if even else _equal(opened, method, scored, kept, goal)
     if method.uniform and equal is not None:
         kept, equal = equal, None
-    elif method.uniform and method.spread != "uniform" and not _alike(scored, kept):
+    elif method.uniform and not even:
         raise RecipeError(
             "-O uniform=true", "a plan with equal blocks that is as small", "ask for less, or leave it out"
         )
@@ -264,11 +266,13 @@ def _units(scored: Sequence[Scored], kept: Sequence[Sequence[int] | Tensor]) -> 
     return totals
 
 
-def _alike(scored: Sequence[Scored], kept: Sequence[Tensor]) -> bool:
-    """Whether groups of one kind and size keep equally many."""
+def _alike(opened: Opened, scored: Sequence[Scored], kept: Sequence[Tensor]) -> bool:
+    """Whether groups of one kind (and size, where a stock class has several) keep equally many."""
+    stock = is_stock(opened.checkpoint.config)
     widths: dict[tuple[str, int], set[int]] = {}
     for group, stays in zip(scored, kept, strict=True):
-        widths.setdefault((group.units.kind, group.units.count), set()).add(len(stays))
+        size = group.units.count if stock else 0
+        widths.setdefault((group.units.kind, size), set()).add(len(stays))
     return all(len(found) == 1 for found in widths.values())
 
 
@@ -280,15 +284,13 @@ def _equal(
     goal: Goal | None,
 ) -> list[Tensor] | None:
     """The nearest uniform plan of one whose blocks differ; a stock class has it where one can."""
-    if _alike(scored, kept):
-        return None
     groups = [(group.block, group.units) for group in scored]
 
     def legal(widths: Widths) -> bool:
         stays = [torch.arange(widths[number]) for number in range(len(groups))]
-        return is_stock(opened.checkpoint.config) and Result.of(opened, groups, stays, []).stock
+        return Result.of(opened, groups, stays, []).stock
 
-    return nearest_uniform(scored, kept, method, legal, goal)
+    return nearest_uniform(scored, kept, method, legal if is_stock(opened.checkpoint.config) else None, goal)
 
 
 def _planned(opened: Opened, scored: Sequence[Scored], plan: Plan, path: str) -> list[Tensor]:

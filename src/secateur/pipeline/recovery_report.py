@@ -19,7 +19,7 @@ from secateur.report.model import FILE_NAME, RECOVERY, Look, Machine, Protocol, 
 
 __all__ = ["earlier_stages", "recovery_report"]
 
-EFFECT = "Values change, shapes do not: the files are as large and the model is as fast as what was given."
+EFFECT = "Training changed values, not shapes: the files are as large and the model as fast as before it."
 
 LOSS = "squared error of the residual stream after the matrix, relative to the dense one, on text kept back"
 
