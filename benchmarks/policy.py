@@ -17,7 +17,7 @@ from tables import write_table
 
 import secateur
 from secateur.pipeline.opened import open_model
-from secateur.pipeline.unit_weights import UnitWeights
+from secateur.pipeline.ways.unit_weights import UnitWeights
 from secateur.structure.magnitude_structure import MagnitudeStructure
 from secateur.structure.spectral import ks_distance, singular_values
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.anatomy.units import Units, units_of
 from secateur.calibration.driver import Driver
 from secateur.calibration.source import MemorySource
 from secateur.calibration.windows import Windows
 from secateur.core.progress import SILENT
-from secateur.pipeline.unit_gradients import UnitGradients, unit_gradients
+from secateur.pipeline.ways.unit_gradients import UnitGradients, unit_gradients
 from secateur.structure.base import UnitMethod
-from secateur.structure.units import Units, units_of
 
 
 def windows_of(model: PreTrainedModel, count: int = 6, length: int = 16) -> Windows:

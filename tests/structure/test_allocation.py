@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from secateur.anatomy.resolve import resolve
+from secateur.anatomy.units import units_of
 from secateur.core.errors import RecipeError
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import Losses, StructureMethod
@@ -22,7 +23,6 @@ from secateur.structure.flap import Flap
 from secateur.structure.goal import Goal
 from secateur.structure.knapsack import loss_curves
 from secateur.structure.nearest import _by_distance, nearest_uniform
-from secateur.structure.units import units_of
 from secateur.structure.wanda_structure import WandaStructure
 
 ANATOMY = resolve(tiny_model("llama", num_hidden_layers=3).config)

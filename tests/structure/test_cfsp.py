@@ -7,11 +7,11 @@ import torch
 from tiny_models import tiny_model
 
 from secateur.anatomy.resolve import resolve
+from secateur.anatomy.units import producers, units_of
 from secateur.core.statistics import InputStatistics
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import UnitProblem
 from secateur.structure.cfsp import Cfsp
-from secateur.structure.units import producers, units_of
 
 MODEL = tiny_model("llama", num_hidden_layers=4)
 ANATOMY = resolve(MODEL.config)

@@ -8,12 +8,12 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from secateur.anatomy.resolve import resolve
+from secateur.anatomy.units import Units, units_of
 from secateur.core.statistics import InputStatistics
 from secateur.structure.base import UnitProblem
 from secateur.structure.compensation import refit
 from secateur.structure.elimination import eliminate
 from secateur.structure.tyr import Tyr
-from secateur.structure.units import Units, units_of
 
 BLOCK = resolve(tiny_model("llama", intermediate_size=12).config).blocks[0]
 UNITS = {units.kind: units for units in units_of(BLOCK)}

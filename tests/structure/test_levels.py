@@ -8,9 +8,9 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from secateur.anatomy.resolve import resolve
+from secateur.anatomy.units import units_of
 from secateur.structure.levels import Ladder, Version, ladders, solve, stand_in
 from secateur.structure.tyr import Tyr
-from secateur.structure.units import units_of
 
 BLOCKS = resolve(tiny_model("llama", num_hidden_layers=3).config).blocks
 GROUPS = [(block.index, units) for block in BLOCKS for units in units_of(block)]

@@ -10,11 +10,11 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from secateur.anatomy.resolve import resolve
+from secateur.anatomy.units import Units, units_of
 from secateur.core.statistics import InputStatistics
 from secateur.structure.base import UnitProblem
 from secateur.structure.compensation import refit
 from secateur.structure.local_search import improved
-from secateur.structure.units import Units, units_of
 
 SIZES = {"ffn": {"intermediate_size": 7}, "kv_groups": {"num_key_value_heads": 8, "num_attention_heads": 8}}
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from secateur.anatomy.resolve import resolve
+from secateur.anatomy.units import units_of
 from secateur.structure.adapt_pruner import AdaptPruner, importance
 from secateur.structure.microsteps import Shrinking
-from secateur.structure.units import units_of
 
 ANATOMY = resolve(tiny_model("llama", num_hidden_layers=4, num_key_value_heads=4).config)
 GROUPS = [(block.index, units) for block in ANATOMY.blocks for units in units_of(block)]

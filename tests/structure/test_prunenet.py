@@ -12,13 +12,13 @@ from tiny_models import tiny_config
 from torch import Tensor
 
 from secateur.anatomy.resolve import resolve
+from secateur.anatomy.units import units_of
 from secateur.core.errors import InputError, RecipeError
 from secateur.core.progress import SILENT
 from secateur.core.statistics import InputStatistics
 from secateur.structure.base import UnitProblem
 from secateur.structure.prunenet import PruneNet
 from secateur.structure.spectral import ks_distance, singular_values
-from secateur.structure.units import units_of
 
 ROWS, COLUMNS, BLOCKS = 160, 48, 3
 KEPT = int(0.7 * ROWS)

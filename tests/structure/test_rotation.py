@@ -17,7 +17,7 @@ import secateur  # noqa: F401 registers the model type
 from secateur.anatomy.resolve import resolve
 from secateur.anatomy.sliced import require_sliceable, sliced_size
 from secateur.core.errors import AnatomyError
-from secateur.pipeline.slice_run import _Bridge, _projected
+from secateur.pipeline.ways.slices import _Bridge, _projected
 from secateur.structure.rotation import Bases, lost_energy, rotate_block, turned
 from secateur.structure.slicegpt import SliceGPT
 

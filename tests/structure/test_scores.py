@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from secateur.anatomy.resolve import resolve
+from secateur.anatomy.units import Units, units_of
 from secateur.core.statistics import InputStatistics
 from secateur.structure.base import UnitProblem
 from secateur.structure.compensation import mean_bias, refit
@@ -16,7 +17,6 @@ from secateur.structure.flap import Flap
 from secateur.structure.magnitude_structure import MagnitudeStructure
 from secateur.structure.osscar import Osscar
 from secateur.structure.random_structure import RandomStructure
-from secateur.structure.units import Units, units_of
 from secateur.structure.wanda_structure import WandaStructure
 
 UNITS = {units.kind: units for units in units_of(resolve(tiny_model("llama").config).blocks[0])}

@@ -9,7 +9,7 @@ from tiny_models import tiny_config
 from secateur.anatomy.resolve import resolve
 from secateur.core.errors import AnatomyError, RecipeError
 from secateur.core.statistics import InputStatistics
-from secateur.pipeline.width_run import keep
+from secateur.pipeline.ways.width import keep
 from secateur.structure.minitron import Minitron
 from secateur.structure.widths import Dimension, candidates, dimensions, evenest, freed, largest
 

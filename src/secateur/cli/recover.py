@@ -60,7 +60,7 @@ def recover(
     Example: secateur recover pruned -o recovered --text stories.txt --teacher seedling
     """
     from secateur.cli.progress import progress_for
-    from secateur.pipeline.recover import recover_checkpoint
+    from secateur.pipeline.mending.recover import recover_checkpoint
     from secateur.recipe import RecoveryRecipe
 
     given = {

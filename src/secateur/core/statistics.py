@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BACKWARD", "InputStatistics", "Statistic"]
+__all__ = ["BACKWARD", "ROUTED", "InputStatistics", "RoutingStatistics", "Statistic"]
 
 Statistic = Literal[
     "second_moment",
@@ -21,12 +21,18 @@ Statistic = Literal[
     "taylor_sample",
     "taylor_second",
     "taylor_mixed",
+    "routing",
+    "expert_norms",
+    "expert_means",
 ]
 
 BACKWARD: frozenset[Statistic] = frozenset(
     {"gradient", "taylor_vector", "taylor_first", "taylor_sample", "taylor_second", "taylor_mixed"}
 )
 """What comes from gradients of the loss; the rest is seen on the way forward."""
+
+ROUTED: frozenset[Statistic] = frozenset({"routing", "expert_norms", "expert_means"})
+"""What is seen of the experts of a block as a whole; the rest is seen where a matrix takes its input."""
 
 
 @dataclass
@@ -72,3 +78,32 @@ class InputStatistics:
         if energy is None and self.hessian is not None:
             energy = self.hessian.diagonal()
         return energy is not None and not bool((energy > 0).any())
+
+
+@dataclass
+class RoutingStatistics:
+    """Sums over the calibration tokens that reached the router of one block with n experts, k a token.
+
+    Attributes:
+        tokens: tokens summed over.
+        counts: (n,) float64, tokens that visited each expert.
+        coactivation: (n, n) float64, tokens that visited both; zero on the diagonal. Rows sum to
+            (k - 1) * counts.
+        probabilities: (n,) float64, sum over the tokens that visited an expert of its probability among all n
+            (softmax or sigmoid of the logits, before top-k renormalisation).
+        gates: (n,) float64, the same sum of the weight that its output was multiplied by.
+        norms: (n,) float64, sum over the tokens that visited an expert of gate * ||output||_2
+            (`expert_norms`).
+        means: (n, d) float64, sum over ALL tokens of the output of each expert (`expert_means`).
+        ratios: (tokens, k - 1) float16, probability of the second, third, ... expert of a token over that of
+            its first.
+    """
+
+    tokens: int
+    counts: Tensor
+    coactivation: Tensor
+    probabilities: Tensor
+    gates: Tensor
+    ratios: Tensor
+    norms: Tensor | None = None
+    means: Tensor | None = None

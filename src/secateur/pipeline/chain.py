@@ -13,9 +13,9 @@ from secateur.checkpoint.durable import write_bytes
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.errors import OutputError, RecipeError, ResumeError
 from secateur.core.progress import SILENT, Progress
+from secateur.pipeline.mending.recover import recover_checkpoint
 from secateur.pipeline.opened import Opened, open_model
 from secateur.pipeline.prune import prune_checkpoint
-from secateur.pipeline.recover import recover_checkpoint
 from secateur.recipe import Recipe, RecoveryRecipe
 from secateur.report.model import FILE_NAME, Report, Stage
 

@@ -17,14 +17,14 @@ from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.progress import SILENT, Progress
 from secateur.evaluation.memory import peak_memory_bytes
 from secateur.pipeline.data import RunData, load_run_data, save_cache
-from secateur.pipeline.decode_costs import DECODE, DecodeTable
-from secateur.pipeline.families import checked_method, measured_decode, observes, prune_blocks_of
-from secateur.pipeline.loading import found_to_load
+from secateur.pipeline.loadable import found_to_load
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
+from secateur.pipeline.plans.decode_costs import DECODE, DecodeTable
 from secateur.pipeline.published import add_code, copy_outer, published_files
 from secateur.pipeline.record import Sizes, build_report, structure_facts
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.verify import verify
+from secateur.pipeline.ways.table import checked_method, measured_decode, observes, prune_blocks_of
 from secateur.recipe import Recipe
 from secateur.report.model import Report, Stage
 

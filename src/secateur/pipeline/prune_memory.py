@@ -22,7 +22,7 @@ from secateur.pipeline.data import RunData, split_run_data
 from secateur.pipeline.record import Sizes, build_report
 from secateur.pipeline.state import Outcome
 from secateur.pipeline.verify import QUALITY_KEYS, SPEED_KEYS, Verdict
-from secateur.pipeline.weights_run import weights_observe
+from secateur.pipeline.ways.weights import weights_observe
 from secateur.recipe import MAX_DEFAULT_LENGTH, Recipe
 from secateur.report.model import Layer, Report
 from secateur.weights.base import WeightMethod

@@ -15,10 +15,10 @@ from secateur.evaluation.quality import compare_quality, perplexity, protocol_of
 from secateur.evaluation.speed import compare_speed, measure_speed
 from secateur.evaluation.tasks import run_tasks
 from secateur.pipeline.data import load_windows_for
+from secateur.pipeline.mending.recover import recover_checkpoint
 from secateur.pipeline.opened import choose_device, choose_dtype, open_model
 from secateur.pipeline.prune import prune_checkpoint
 from secateur.pipeline.prune_memory import prune_model
-from secateur.pipeline.recover import recover_checkpoint
 from secateur.recipe import Calibration, Recipe, RecoveryRecipe, parse
 from secateur.report.compare import compare as draw
 from secateur.report.files import write_text

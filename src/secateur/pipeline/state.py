@@ -19,8 +19,8 @@ from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.method import Method
 from secateur.core.progress import Progress
 from secateur.pipeline.data import RunData
-from secateur.pipeline.decode_costs import DecodeTable
 from secateur.pipeline.opened import Opened
+from secateur.pipeline.plans.decode_costs import DecodeTable
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from secateur.anatomy.units import Units
 from secateur.core.errors import RecipeError
 from secateur.structure.base import StructureMethod, UnitMethod
 from secateur.structure.goal import Goal
 from secateur.structure.groups import Scored, comparable, floor_of, lowest, removable, step_of
 from secateur.structure.knapsack import fewest_losses, parameters_left
-from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 from pydantic import Field, PositiveInt
 
 from secateur.anatomy.model import Block
+from secateur.anatomy.units import Units, units_of
 from secateur.core.method import METHODS, Method
 from secateur.core.progress import Progress
 from secateur.core.statistics import InputStatistics, Statistic
-from secateur.structure.units import Units, units_of
 
 if TYPE_CHECKING:
     import torch

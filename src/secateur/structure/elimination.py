@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from secateur.anatomy.units import Units
 from secateur.structure.local_search import removal_losses
-from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor

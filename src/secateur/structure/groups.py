@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from secateur.anatomy.units import Units
 from secateur.structure.base import StructureMethod, UnitMethod
-from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor

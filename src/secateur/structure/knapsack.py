@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from secateur.anatomy.units import Units
 from secateur.core.knapsack import least_loss
 from secateur.structure.base import StructureMethod
 from secateur.structure.goal import Goal
 from secateur.structure.groups import Scored, comparable, floor_of, lowest, step_of
-from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor

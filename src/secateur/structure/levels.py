@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from secateur.anatomy.units import Units
 from secateur.core.evolution import Gene
 from secateur.structure.base import SearchMethod
 from secateur.structure.compensation import refit
-from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor

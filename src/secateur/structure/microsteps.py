@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from secateur.anatomy.units import Units
 from secateur.structure.allocation import affordable
 from secateur.structure.base import AdaptiveMethod
-from secateur.structure.units import Units
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from math import prod
 
 from secateur.anatomy.cut import cut_shapes, residual_spaces
 from secateur.anatomy.model import Anatomy, Block
+from secateur.anatomy.units import Units, units_of
 from secateur.core.errors import AnatomyError
-from secateur.structure.units import Units, units_of
 
 __all__ = ["TOLERANCE", "Dimension", "Widths", "candidates", "dimensions", "evenest", "freed", "largest"]
 

@@ -1,0 +1,1 @@
+"""Methods that remove, merge or narrow the routed experts of a mixture: one file each."""

@@ -1,0 +1,1 @@
+"""Training a pruned model: data, steps, report."""

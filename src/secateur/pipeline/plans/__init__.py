@@ -1,0 +1,1 @@
+"""What a request will come to, before a weight is written."""

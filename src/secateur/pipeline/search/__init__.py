@@ -1,0 +1,1 @@
+"""A supernet of pruned candidates and the search through it."""

@@ -1,0 +1,93 @@
+"""Whole blocks away: watch the dense model once, choose, and write those that stay under new numbers."""
+
+from __future__ import annotations
+
+from safetensors.torch import save
+from torch import Tensor
+
+from secateur.anatomy.sliced import require_unsliced
+from secateur.core.errors import RecipeError
+from secateur.pipeline.opened import Opened
+from secateur.pipeline.state import SCORES, Outcome, Run
+from secateur.pipeline.ways.remaining import Remaining
+from secateur.pipeline.ways.watching import BlockWatch
+from secateur.recipe import Recipe
+from secateur.report.model import Block, Layer
+from secateur.structure.base import BlockStates, DepthMethod
+
+__all__ = ["check_depth", "prune_depth"]
+
+
+def check_depth(opened: Opened, method: DepthMethod, recipe: Recipe) -> None:
+    """Refuse, before anything is read or written, what could not be done. Raises `RecipeError`."""
+    if recipe.scores is not None:
+        raise RecipeError(
+            f"scores with method {method.id!r}",
+            "a method that scores heads and channels",
+            "leave --scores out",
+        )
+    require_unsliced(opened.checkpoint.config)
+    _count(len(opened.anatomy.blocks), recipe.resolved_sparsity)
+
+
+def prune_depth(run: Run, method: DepthMethod) -> Outcome:
+    """Write the blocks that stay.
+
+    Raises:
+        RecipeError: a sparsity that comes to no block or to all.
+    """
+    blocks = run.opened.anatomy.blocks
+    count = _count(len(blocks), run.recipe.resolved_sparsity)
+    found = run.remembered(lambda: _states(run))
+    gone = method.choose(BlockStates(**found), count)
+    kept = [block.index for block in blocks if block.index not in gone]
+    remaining = Remaining.of(run.opened, kept, {}, {})
+    dropped = remaining.write(run)
+    removed = sum(blocks[index].size for index in gone)
+    return Outcome(
+        layers=[
+            _row(run, index, index in gone, influence)
+            for index, influence in enumerate(found["influence"].tolist())
+        ],
+        blocks=[Block(block=index) for index in range(len(blocks))],
+        sparsity=removed / sum(block.size for block in blocks),
+        config_updates=remaining.config_updates,
+        dropped=dropped,
+        files={SCORES: save(found)},
+    )
+
+
+def _count(blocks: int, sparsity: float) -> int:
+    count = round(sparsity * blocks)
+    if not 0 < count < blocks:
+        raise RecipeError(
+            f"sparsity {sparsity:g} of {blocks} blocks",
+            f"a fraction from {1 / blocks:.3f} (one block) to {1 - 1 / blocks:.3f}",
+            "change --sparsity, or remove channels: flap",
+        )
+    return count
+
+
+def _states(run: Run) -> dict[str, Tensor]:
+    """Influence of the blocks and angles between depths, from one pass over the dense model."""
+    watch = BlockWatch()
+    driver = run.driver()
+    with run.progress.task("watching the dense model", len(run.opened.anatomy.blocks)) as task:
+        for opened in driver.blocks():
+            watch.next_block()
+            opened.finish(watch)
+            task.advance()
+    return watch.states(run.group)
+
+
+def _row(run: Run, index: int, gone: bool, influence: float) -> Layer:
+    block = run.opened.anatomy.blocks[index]
+    return Layer(
+        block=index,
+        matrix="block",
+        rows=1,
+        columns=block.size,
+        sparsity_requested=run.recipe.resolved_sparsity,
+        sparsity=float(gone),
+        notes={"influence": influence},
+    )
