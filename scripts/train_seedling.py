@@ -1,6 +1,7 @@
-"""Train `seedling`, the small real Llama that ships inside the package.
+"""Train `seedling`, the small real Llama that ships inside the package, or a small mixture of experts.
 
     python scripts/train_seedling.py --text TRAIN.txt --valid VALID.txt --out FOLDER
+    python scripts/train_seedling.py --architecture mixtral --tokens 6000000 ...
 
     torchrun --nproc-per-node 2 scripts/train_seedling.py ...      # a process a core, or a GPU
 
@@ -21,17 +22,36 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 BOS = "<|endoftext|>"
 VOCABULARY = 2048
 SHORT_WINDOW, WINDOW = 128, 256
 WARMUP_STEPS = 200
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 384, "num_hidden_layers": 6},
+    "mixtral": {
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.01,
+    },
+    "olmoe": {
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "router_aux_loss_coef": 0.01,
+    },
+}
+"""What differs from the shape that all share: hidden 128, 8 query and 4 KV heads."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="training text, a paragraph a line")
     parser.add_argument("--valid", type=Path, required=True, help="validation text")
     parser.add_argument("--out", type=Path, required=True, help="folder for the run and the result")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--tokens", type=int, default=30_000_000, help="tokens to train on")
     parser.add_argument("--batch", type=int, default=4096, help="tokens a step, over all processes")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -74,13 +95,14 @@ def tokenise(text: Path, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return np.fromiter((token for line in encoded for token in line), dtype=np.int64)
 
 
-def build_model(seed: int) -> LlamaForCausalLM:
+def build_model(architecture: str, seed: int) -> PreTrainedModel:
+    """A fresh model; mixtures add the loss that balances their experts."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    own = ARCHITECTURES[architecture]
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=VOCABULARY,
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=512,
@@ -90,8 +112,10 @@ def build_model(seed: int) -> LlamaForCausalLM:
         eos_token_id=0,
         pad_token_id=None,
         attn_implementation="sdpa",
+        output_router_logits="router_aux_loss_coef" in own,
+        **own,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def batch_at(stream: np.ndarray, step: int, tokens: int, window: int, seed: int) -> torch.Tensor:
@@ -117,7 +141,7 @@ def decay_start(steps: int) -> int:
     return steps - steps // 5
 
 
-def share_gradients(model: LlamaForCausalLM) -> None:
+def share_gradients(model: PreTrainedModel) -> None:
     """The mean of the gradients of all processes, in one message."""
     if dist.is_initialized():
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -129,14 +153,16 @@ def share_gradients(model: LlamaForCausalLM) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, stream: np.ndarray, device: str) -> float:
+def perplexity(model: PreTrainedModel, stream: np.ndarray, device: str) -> float:
     """Mean next-token cross-entropy in non-overlapping windows of 256 tokens, exponentiated."""
     model.eval()
     total, count = 0.0, 0
     windows = torch.from_numpy(stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW))
     for chunk in windows.split(32):
         chunk = chunk.to(device)
-        total += model(input_ids=chunk, labels=chunk, use_cache=False).loss.item() * len(chunk)
+        plain = {"output_router_logits": False} if hasattr(model.config, "router_aux_loss_coef") else {}
+        loss = model(input_ids=chunk, labels=chunk, use_cache=False, **plain).loss
+        total += loss.item() * len(chunk)
         count += len(chunk)
     model.train()
     return math.exp(total / count)
@@ -146,14 +172,14 @@ def checkpoint_path(run: Path, step: int, steps: int) -> Path:
     return run / ("constant.pt" if step <= decay_start(steps) else f"decay-{steps}.pt")
 
 
-def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, new)
     os.replace(new, path)
 
 
-def load_checkpoint(run: Path, steps: int, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(run: Path, steps: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
     """The step to go on from: the decay of this very plan if begun, else the constant part, else 0."""
     for path in (checkpoint_path(run, steps, steps), checkpoint_path(run, 0, steps)):
         if path.exists():
@@ -168,18 +194,28 @@ def load_checkpoint(run: Path, steps: int, model: LlamaForCausalLM, optimizer: t
     return 0
 
 
+def described(architecture: str) -> str:
+    own = ", ".join(f"{key} {value}" for key, value in ARCHITECTURES[architecture].items())
+    return f"{architecture}: hidden 128, 8 query and 4 KV heads, vocab {VOCABULARY}, tied, {own}"
+
+
+PURPOSE = "A small real Llama that ships inside secateur so that every command runs offline."
+
+
 def write_result(
     folder: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     arguments: argparse.Namespace,
     tokens: int,
     valid_perplexity: float,
 ) -> None:
+    if hasattr(model.config, "router_aux_loss_coef"):
+        model.config.output_router_logits = False
     model.to("cpu", torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     facts = {
-        "architecture": "Llama: hidden 128, 6 layers, 8 query and 4 KV heads, FFN 384, vocab 2048, tied",
+        "architecture": described(arguments.architecture),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_tokens": tokens,
         "seed": arguments.seed,
@@ -195,9 +231,9 @@ license: apache-2.0
 language: en
 library_name: transformers
 ---
-# seedling
+# {folder.name}
 
-A small real Llama that ships inside secateur so that every command runs offline. It was trained from
+{PURPOSE if folder.name == "seedling" else "A small real mixture of experts."} It was trained from
 scratch on public-domain fairy tales and children's books with `scripts/train_seedling.py`. It is made
 for trying out pruning, not for reading.
 
@@ -221,7 +257,7 @@ def main() -> None:
         dist.barrier()
     tokenizer = train_tokenizer(arguments.text, run)
     train, valid = (tokenise(path, tokenizer) for path in (arguments.text, arguments.valid))
-    model = build_model(arguments.seed).to(device).train()
+    model = build_model(arguments.architecture, arguments.seed).to(device).train()
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -257,7 +293,7 @@ def main() -> None:
         if step % 1000 == 0:
             print(f"valid perplexity {perplexity(model, valid, device):.2f}", flush=True)
     if rank == 0:
-        folder = arguments.out / "seedling"
+        folder = arguments.out / ("seedling" if arguments.architecture == "llama" else arguments.architecture)
         tokens = step * arguments.batch
         write_result(folder, model, tokenizer, arguments, tokens, perplexity(model, valid, device))
     if processes > 1:

@@ -154,10 +154,10 @@ class Recipe(Job):
         self._check_amount(method)
         method.from_options(self.options)
         ALLOCATIONS.get(self.allocation).from_options(self.allocation_options)
-        if self.scores is not None and method.family != "structure":
+        if self.scores is not None and method.family == "weights":
             raise RecipeError(
                 f"scores with method {self.method!r}, which removes {method.removes}",
-                "a structured method",
+                "a method that removes whole units",
                 "leave --scores out",
             )
         for key in ("pattern", "allocation"):

@@ -65,6 +65,15 @@ class MatrixEntry(_Entry):
         return cast(SiteKind, self.input) if self.experts else "input"
 
 
+class ExpertsEntry(_Entry):
+    """Config keys of routed experts: how many a token visits, and where they stand in groups, how many groups
+    there are and how many of them a token visits."""
+
+    visited: str
+    groups: str | None = None
+    visited_groups: str | None = None
+
+
 class Family(_Entry):
     """One family file. See docs: "add a model family".
 
@@ -83,6 +92,7 @@ class Family(_Entry):
         norms: of a block that adds attention(norm(x)) and then feed_forward(norm(x)) to x and does nothing
             else: the two norms in this order, each with the module that reads it. Only such models can be
             sliced.
+        experts: keys of the router, where there are experts.
 
     The rest is needed only to say from `config.json` alone, without the model, what the model is made of:
 
@@ -110,6 +120,7 @@ class Family(_Entry):
     parts_when: str = ""
     files: dict[str, list[str]] = {}
     norms: dict[str, str] = {}
+    experts: ExpertsEntry | None = None
     outer: dict[str, str | list[str]] = {}
     when: dict[str, str | bool] = {}
     aliases: dict[str, str] = {}

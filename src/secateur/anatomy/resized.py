@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -47,15 +47,22 @@ def resized_config(
         AnatomyError: the model classes of this family cannot have these sizes.
     """
     known, keys = config.get("per_layer_config", {}), {"output": OUTPUT_KEY, **anatomy.keys}
+    names = _names(anatomy)
     own = [
-        {**known.get(str(index), {}), **{keys[space]: size for space, size in block.items()}}
+        {
+            **known.get(str(index), {}),
+            **{key: size for space, size in block.items() for key in names(keys[space])},
+        }
         for index, block in enumerate(sizes)
     ]
     fixed = {"head_dim": anatomy.spaces["head_dim"]} if "head_dim" in anatomy.spaces else {}
     fixed |= {anatomy.keys[space]: size for space, size in (whole or {}).items()}
-    stock: dict[str, Any] = {**fixed, **own[0]}
+    shared = _shared(own)
     switches = None if extra else _switches(anatomy, biases)
-    if switches is not None and is_stock(config) and all(block == own[0] for block in own):
+    if switches is not None and is_stock(config) and shared is not None:
+        stock: dict[str, Any] = fixed | _as_named(
+            shared, config, {keys[s] for block in sizes for s in block}, names
+        )
         stock |= dict.fromkeys(switches.values(), True)
         if _gives({**config, **stock}, anatomy, _with_biases(shapes, switches)):
             return stock
@@ -75,6 +82,33 @@ def resized_config(
             "remove feed-forward channels only: -O targets=ffn",
         )
     return updates
+
+
+def _names(anatomy: Anatomy) -> Callable[[str], tuple[str, ...]]:
+    """All names of a config key: a class of transformers reads now one of them, now the other."""
+    family = load_family(anatomy.family)
+    pairs = [*family.aliases.items()] if family else []
+    return lambda key: (key, *(b if key == a else a for a, b in pairs if key in (a, b)))
+
+
+def _shared(own: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The sizes of all blocks, where those that have a size agree on it."""
+    shared: dict[str, Any] = {}
+    for block in own:
+        if any(shared.setdefault(key, size) != size for key, size in block.items()):
+            return None
+    return shared
+
+
+def _as_named(
+    sizes: Mapping[str, int],
+    config: Mapping[str, Any],
+    keys: Iterable[str],
+    names: Callable[[str], tuple[str, ...]],
+) -> dict[str, int]:
+    """Sizes under the names that the file has for these keys, or under the key where it has none."""
+    stated = {key: [name for name in names(key) if name in config] or [key] for key in keys}
+    return {name: sizes[key] for key, found in stated.items() for name in found}
 
 
 def own_class(config: Mapping[str, Any]) -> dict[str, Any]:

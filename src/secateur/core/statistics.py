@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -107,3 +107,15 @@ class RoutingStatistics:
     ratios: Tensor
     norms: Tensor | None = None
     means: Tensor | None = None
+
+    def part(self, rows: Tensor) -> RoutingStatistics:
+        """Of these experts alone, int64."""
+        return replace(
+            self,
+            counts=self.counts[rows],
+            coactivation=self.coactivation[rows][:, rows],
+            probabilities=self.probabilities[rows],
+            gates=self.gates[rows],
+            norms=None if self.norms is None else self.norms[rows],
+            means=None if self.means is None else self.means[rows],
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import Field
@@ -47,6 +47,16 @@ class ExpertProblem:
     def count(self) -> int:
         """n, the number of routed experts."""
         return len(self.router)
+
+    def part(self, rows: Tensor) -> ExpertProblem:
+        """These experts alone, int64: a group of a router that chooses among groups."""
+        return replace(
+            self,
+            router=self.router[rows],
+            bias=None if self.bias is None else self.bias[rows],
+            weights={name: stacked[rows] for name, stacked in self.weights.items()},
+            routing=None if self.routing is None else self.routing.part(rows),
+        )
 
     @property
     def observed(self) -> RoutingStatistics:
@@ -114,6 +124,7 @@ class ExpertMethod(Method):
 
     Class variables:
         comparable: scores of different blocks mean the same and need not be standardised.
+        regrouping: own options that scores do not depend on.
     """
 
     family: ClassVar[str] = "experts"
@@ -122,6 +133,7 @@ class ExpertMethod(Method):
         "fewer bytes on disk and in memory; a token visits as many experts as before, so its time stays"
     )
     comparable: ClassVar[bool] = False
+    regrouping: ClassVar[frozenset[str]] = frozenset()
 
     spread: Literal["uniform", "global"] = Field(
         "uniform", description="uniform: as many in every block; global: one ranking of the whole model"

@@ -15,10 +15,12 @@ from secateur.core.method import Method
 from secateur.core.numerics import exact_products
 from secateur.core.statistics import BACKWARD
 from secateur.evaluation.memory import available_memory_bytes
+from secateur.experts.base import ExpertMethod
 from secateur.formats.loads_in import loads_in
 from secateur.pipeline.data import window_length
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.plans.structure import structure_outcome
+from secateur.pipeline.ways.experts import planned_experts
 from secateur.pipeline.ways.pieces import evaluations
 from secateur.pipeline.ways.table import checked_method
 from secateur.recipe import Recipe, parse
@@ -102,13 +104,17 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
         }
     freed = int(anatomy.block_parameters * sparsity)
     after = nbytes - round(nbytes * freed / before)
+    faster = True
+    if isinstance(method, ExpertMethod):
+        result = planned_experts(opened, method, recipe)
+        freed, after, faster = before - result.parameters, result.nbytes, False
     return {
         "sparsity": sparsity,
         "parameters_prunable": anatomy.block_parameters,
         "zeros_after": 0,
         "parameters_after": before - freed,
         "bytes_after": after,
-        "faster": True,
+        "faster": faster,
         "effect": effect(
             recipe.pattern, sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=after
         ),
