@@ -58,6 +58,16 @@ def test_fewer_heads_need_a_class_that_reads_their_width(tmp_path: Path) -> None
     assert judged(save_cut("mistral", tmp_path, spread="uniform"))["vllm"].startswith("yes")
 
 
+def test_blocks_with_different_numbers_of_experts_load_with_code_alone() -> None:
+    model = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 96}
+    mixture = {**model, "model_type": "mixtral", "num_local_experts": 8, "architectures": ["Mixtral"]}
+    assert loads_in(mixture, [])["vllm"].startswith("yes")
+    uneven = {**mixture, "per_layer_config": {"1": {"num_local_experts": 6}}}
+    found = loads_in({**uneven, "model_type": "secateur", "base_model_type": "mixtral"}, [])
+    assert found["vllm"].startswith("no: blocks differ in size")
+    assert found["gguf"].startswith("no: ")
+
+
 def test_unknown_models_are_no_failure() -> None:
     found = loads_in({"model_type": "falcon"}, [])
     assert found["gguf"].startswith("no: no GGUF for model type 'falcon'")

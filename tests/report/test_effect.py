@@ -55,3 +55,9 @@ def test_a_parsed_pattern_does_as_well() -> None:
     assert effect(Pattern("n:m", 2, 4), 0.5) == effect("2:4", 0.5)
     with pytest.raises(RecipeError):
         effect("5:4", 0.5)
+
+
+def test_zeros_in_a_file_that_an_earlier_stage_made_smaller_claim_no_sizes() -> None:
+    words = effect("unstructured", 0.4, bytes_before=16_000_000, bytes_after=12_900_000)
+    assert "not smaller and not faster" in words
+    assert "MB" not in words

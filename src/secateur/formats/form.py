@@ -24,6 +24,7 @@ class Form:
         heads, kv_heads, ffn: a number a block.
         skipped: parts that a block does without: `self_attn`, `mlp`.
         biases: matrices of blocks that have one, by path inside the block.
+        experts: routed experts of every block that states their number.
     """
 
     family: str
@@ -33,6 +34,7 @@ class Form:
     ffn: tuple[int, ...]
     skipped: tuple[frozenset[str], ...]
     biases: frozenset[str]
+    experts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tensors: Iterable[str]) -> Form | None:
@@ -61,6 +63,7 @@ class Form:
             tuple(widths),  # type: ignore[arg-type]
             tuple(frozenset(block.get("skip") or ()) for block in own),
             frozenset(match[1] for match in found if match),
+            _experts(kind, own),
         )
 
     @property
@@ -83,10 +86,17 @@ class Form:
     @property
     def even(self) -> bool:
         """Whether all blocks have the same sizes and all their parts."""
-        lists = (self.heads, self.kv_heads, self.ffn)
-        return not any(self.skipped) and all(len(set(sizes)) == 1 for sizes in lists)
+        lists = (self.heads, self.kv_heads, self.ffn, self.experts)
+        return not any(self.skipped) and all(len(set(sizes)) <= 1 for sizes in lists)
 
     @property
     def square(self) -> bool:
         """Whether the heads of every block together are as wide as the model."""
         return all(heads * self.head_dim == self.hidden for heads in self.heads)
+
+
+def _experts(kind: str, blocks: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
+    family = load_family(kind)
+    key = family.spaces.get("experts") if family else None
+    counts = [block.get(key) for block in blocks] if isinstance(key, str) else []
+    return tuple(count for count in counts if isinstance(count, int))

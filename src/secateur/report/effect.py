@@ -32,7 +32,7 @@ def effect(
     """
     if sparsity == 0:
         return "Nothing was removed: size and speed are those of the dense model."
-    sizes = _sizes(bytes_before, bytes_after)
+    sizes = _sizes(bytes_before, bytes_after)  # of a chain: an earlier stage may have made the file smaller
     if removes != "single weights":
         sentences = _structured(removes, sparsity, sizes)
     elif storage != "dense":
@@ -41,7 +41,7 @@ def effect(
             f"It is faster only in a runtime that computes on {storage} directly.",
         ]
     else:
-        sentences = _zeros(Pattern.parse(str(pattern)), sizes)
+        sentences = _zeros(Pattern.parse(str(pattern)), sizes if "and after" in sizes else "")
     return " ".join([*sentences, ADVICE])
 
 
