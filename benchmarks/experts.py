@@ -1,0 +1,176 @@
+"""Experts of a mixture removed: every method, shares and seeds under one protocol, and STUN's central claim.
+
+    python benchmarks/experts.py MODEL --calibration TRAIN.txt --test TEST.txt --out experts.md
+
+First table: perplexity of every method at each share, mean and spread over the seeds (calibration windows and
+everything a method draws depend on them). Second: experts first and weights then, against weights alone, at
+equal total sparsity of the prunable parameters, by one method for weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tables import write_table
+
+import secateur
+from secateur.checkpoint.headers import Headers
+from secateur.core.errors import InputError
+from secateur.core.method import methods_of
+from secateur.report.model import Report
+
+SHARES = (0.25, 0.5)
+TOTALS = (0.3, 0.5, 0.65)
+EXPERTS_FIRST = (0.0, 0.125, 0.25, 0.375, 0.5)
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "stun": [{"representative": "frequency"}, {"similarity": "coactivation"}, {"spread": "uniform"}],
+    "frequency-experts": [{"weighting": "gates"}],
+    "merge-experts": [{"router": "representative"}],
+}
+"""Beside each method as it comes."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True, nargs="+")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--test-windows", type=int, default=32)
+    parser.add_argument("--methods", default=",".join(methods_of("experts")))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--stun", default="", help="also experts, then weights by this method: wanda")
+    parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+class Bench:
+    """Runs of one model on files, judged on every text."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+
+    def run(self, model: str | Path, out: Path, seed: int, **settings: Any) -> Report:
+        arguments = self.arguments
+        report: Report = secateur.prune(
+            model,
+            out,
+            calibration={
+                "source": str(arguments.calibration),
+                "samples": arguments.samples,
+                "length": arguments.length,
+            },
+            text=str(arguments.test[0]),
+            evaluation_windows=arguments.test_windows,
+            seed=seed,
+            measure_speed=False,
+            check_loading=False,
+            **settings,
+        )
+        return report
+
+    def perplexities(self, out: Path, report: Report) -> list[float]:
+        """Before and after on every text: of the first from the run itself."""
+        found = [report.perplexity_before or 0.0, report.perplexity_after or 0.0]
+        for text in self.arguments.test[1:]:
+            judged = secateur.evaluate(
+                out,
+                against=self.arguments.model,
+                text=str(text),
+                windows=self.arguments.test_windows,
+                length=self.arguments.length,
+            )
+            found += [judged["perplexity_dense"], judged["perplexity"]]
+        return found
+
+    def share(self, method: str, options: dict[str, Any], share: float, seed: int) -> list[float]:
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "out"
+            report = self.run(self.arguments.model, out, seed, method=method, sparsity=share, options=options)
+            found = [*self.perplexities(out, report), report.bytes_after / report.bytes_before]
+        print(json.dumps([method, options, share, seed, *found]), flush=True)
+        return found
+
+    def two_stages(self, first: float, total: float, seed: int) -> float | None:
+        """Perplexity when `total` of the prunable parameters go, experts first; None where that is too much."""
+        prunable = secateur.inspect(self.arguments.model)["parameters_prunable"]
+        with tempfile.TemporaryDirectory() as scratch:
+            model, out, gone = self.arguments.model, Path(scratch) / "out", 0
+            if first:
+                model = Path(scratch) / "fewer"
+                report = self.run(self.arguments.model, model, seed, method="stun", sparsity=first)
+                gone = Headers.open(self.arguments.model).parameters - report.parameters_after
+            rest = (total * prunable - gone) / (prunable - gone)
+            if rest < 0.01:
+                return None
+            report = self.run(model, out, seed, method=self.arguments.stun, sparsity=rest)
+        print(json.dumps(["stages", first, total, seed, rest, report.perplexity_after]), flush=True)
+        return report.perplexity_after
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and the spread over seeds where they differ."""
+    spread = max(values) - min(values)
+    return f"{statistics.fmean(values):.1f}" + (
+        f" ({min(values):.1f} to {max(values):.1f})" if spread > 0.05 else ""
+    )
+
+
+def method_row(bench: Bench, method: str, options: dict[str, Any]) -> list[str]:
+    row = [method, " ".join(f"{key}={value}" for key, value in options.items()) or "as it comes"]
+    for share in SHARES:
+        try:
+            found = [bench.share(method, options, share, seed) for seed in range(bench.arguments.seeds)]
+        except InputError as error:
+            print(f"{method} {options} {share}: {error}", flush=True)
+            row += ["-"] * (len(bench.arguments.test) + 1)
+            continue
+        columns = [list(column) for column in zip(*found, strict=True)]
+        row += [cell(columns[2 * text + 1]) for text in range(len(bench.arguments.test))]
+        row.append(f"{columns[-1][0]:.2f}")
+    return row
+
+
+def stage_row(bench: Bench, first: float) -> list[str]:
+    row = [f"{first:.1%}"]
+    for total in TOTALS:
+        found = [bench.two_stages(first, total, seed) for seed in range(bench.arguments.seeds)]
+        known = [value for value in found if value is not None]
+        row.append(cell(known) if known else "-")
+    return row
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    bench, name = Bench(arguments), Path(arguments.model).name
+    texts = [f"{text.parent.name}/{text.name}" for text in arguments.test]
+    notes = (
+        f"{name}, {arguments.test_windows} windows of {arguments.length} tokens of each text; calibration "
+        f"{arguments.samples} windows of {arguments.calibration.name}, {arguments.seeds} seeds (mean, and "
+        "range where seeds differ). Shares are of the routed experts; bytes are of the dense file."
+    )
+    if not arguments.stun:
+        rows = [
+            method_row(bench, method, options)
+            for method in arguments.methods.split(",")
+            for options in [{}, *(VARIANTS.get(method, []) if arguments.variants else [])]
+        ]
+        heads = ["method", "options"]
+        for share in SHARES:
+            heads += [f"{share:.0%}: {text}" for text in texts] + [f"{share:.0%}: bytes"]
+        write_table(f"Experts of {name}", heads, rows, notes=notes, out=arguments.out)
+        return
+    heads = ["experts removed first", *(f"{total:.0%} in all" for total in TOTALS)]
+    rows = [stage_row(bench, first) for first in EXPERTS_FIRST]
+    write_table(f"stun, then {arguments.stun}: {name}", heads, rows, notes=notes, out=arguments.out)
+
+
+if __name__ == "__main__":
+    main()
