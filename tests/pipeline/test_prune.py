@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_runs import text_beside
 from tiny_models import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,6 @@ from secateur.core.pattern import Pattern
 from secateur.core.selection import check_pattern
 from secateur.report.model import Report
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
 CONTRACT = {
     "method",
     "sparsity_requested",
@@ -51,9 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(model: Path) -> str:
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
+    return text_beside(model)
 
 
 def prune(model: Path, out: Path, text: str, **settings: object) -> Report:
