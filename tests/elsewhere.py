@@ -6,7 +6,6 @@ import from here must not import secateur either.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import multiprocessing
 import os
@@ -28,9 +27,7 @@ How = Literal["stock", "remote", "import"]
 IDS = torch.arange(1, 25).view(2, 12)
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 if sys.platform != "win32":
-    PROCESSES.set_forkserver_preload(
-        ["transformers.models.llama.modeling_llama", "scipy.optimize", "scipy.linalg", "pydantic", "cyclopts"]
-    )
+    PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "cyclopts"])
 
 
 class Loaded(NamedTuple):
@@ -113,8 +110,6 @@ def _logits(folders: list[str]) -> list[Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
             found.append(model(IDS, use_cache=False).logits.numpy())
-        del model
-        gc.collect()
     return found
 
 
