@@ -14,7 +14,11 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.core.method import methods_of
 
-OPTIONS = {"slicegpt": {"round_to": 1}}  # tiny models have few multiples of 8
+OPTIONS = {
+    "slicegpt": {"round_to": 1},  # tiny models have few multiples of 8
+    "adapt-pruner": {"step": 0.05},
+    "tyr": {"generations": 2, "offspring": 6, "tokens": [48, 144], "survivors": [2]},
+}
 FAMILIES = {"llama": torch.float32, "qwen2": torch.bfloat16, "phi3": torch.float16}
 
 
