@@ -77,14 +77,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("resume") / "model", num_hidden_layers=6)
 
 
-@pytest.fixture(scope="module")
-def text(model: Path) -> str:
-    return text_beside(model)
-
-
-def arguments(model: Path, text: str, out: Path, *more: str) -> list[str]:
+def arguments(model: Path, out: Path, *more: str) -> list[str]:
     base = ["prune", str(model), "-o", str(out), "--method", "sparsegpt", "--sparsity", "0.6"]
-    data = ["--calibration", text, "--samples", "8", "--length", "32", "--evaluation-windows", "2"]
+    data = [
+        "--calibration",
+        text_beside(model),
+        "--samples",
+        "8",
+        "--length",
+        "32",
+        "--evaluation-windows",
+        "2",
+    ]
     return [*base, *data, "--allocation", "owl", "--no-measure-speed", "--no-check-loading", *more]
 
 
@@ -106,16 +110,16 @@ def run_and_kill(command: list[str], after_parts: int, delay_seconds: float) -> 
     return process.exitcode == -signal.SIGKILL
 
 
-def test_killed_runs_end_in_the_same_bytes(model: Path, text: str, tmp_path: Path) -> None:
-    assert run(arguments(model, text, tmp_path / "whole")) == 0
+def test_killed_runs_end_in_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    assert run(arguments(model, tmp_path / "whole")) == 0
     expected = weights(tmp_path / "whole")
     chance = random.Random(5)
     out = tmp_path / "killed"
     for after_parts in (1, 2, 2):
-        command = arguments(model, text, out, "--resume")
+        command = arguments(model, out, "--resume")
         assert run_and_kill(command, after_parts, chance.uniform(0, 0.1))
         assert not (out / "config.json").exists()
-    assert run(arguments(model, text, out, "--resume")) == 0
+    assert run(arguments(model, out, "--resume")) == 0
     assert weights(out) == expected
     assert not (out / ".secateur").exists()
     assert os.listdir(out).count("report.json") == 1
@@ -123,14 +127,14 @@ def test_killed_runs_end_in_the_same_bytes(model: Path, text: str, tmp_path: Pat
 
 @pytest.mark.parametrize("more", [[], ["--resume"]])
 def test_a_second_run_into_one_folder_is_refused(
-    more: list[str], model: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(arguments(model, text, tmp_path / "alone")) == 0
+    assert run(arguments(model, tmp_path / "alone")) == 0
     out = tmp_path / "out"
-    with started(pausing, arguments(model, text, out)) as (first, parts):
+    with started(pausing, arguments(model, out)) as (first, parts):
         parts.recv()
         capsys.readouterr()
-        assert run(arguments(model, text, out, *more)) == 2
+        assert run(arguments(model, out, *more)) == 2
         says = f"error: {out} is being written by process {first.pid}; expected one process a folder; "
         assert capsys.readouterr().err.startswith(says)
         parts.send(None)
@@ -139,18 +143,18 @@ def test_a_second_run_into_one_folder_is_refused(
     assert not (out / ".secateur").exists()
 
 
-def recipe(model: Path, text: str, **changes: object) -> Recipe:
-    calibration = Calibration(source=text, samples=4, length=16)
+def recipe(model: Path, **changes: object) -> Recipe:
+    calibration = Calibration(source=text_beside(model), samples=4, length=16)
     values = {"sparsity": 0.5, "method": "wanda", "evaluation_windows": 0, "measure_speed": False, **changes}
     return Recipe(model=str(model), calibration=calibration, **values)  # type: ignore[arg-type]
 
 
-def test_a_changed_recipe_does_not_resume(model: Path, text: str, tmp_path: Path) -> None:
+def test_a_changed_recipe_does_not_resume(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with interrupted(0, pruning, "copy_outer"):
-        prune_checkpoint(recipe(model, text), out)
+        prune_checkpoint(recipe(model), out)
     with pytest.raises(ResumeError, match=r"sparsity: 0\.5 -> 0\.6"):
-        prune_checkpoint(recipe(model, text, sparsity=0.6), out, resume=True)
-    report = prune_checkpoint(recipe(model, text), out, resume=True)
+        prune_checkpoint(recipe(model, sparsity=0.6), out, resume=True)
+    report = prune_checkpoint(recipe(model), out, resume=True)
     assert report is not None
     assert report.sparsity == pytest.approx(0.5)

@@ -34,11 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("free") / "model", num_hidden_layers=3)
 
 
-@pytest.fixture(scope="module")
-def text(model: Path) -> str:
-    return text_beside(model)
-
-
 def prune(model: Path, out: Path, **settings: Any) -> Report:
     quiet = {"evaluation_windows": 0, "measure_speed": False, "sparsity": 0.2, "calibration": NOWHERE}
     settings = {**quiet, "method": "prunenet", **settings}
@@ -84,14 +79,14 @@ def test_what_observes_or_judges_asks_for_text(
     assert not (tmp_path / "out").exists()
 
 
-def test_text_of_its_own_judges_without_calibration(model: Path, text: str, tmp_path: Path) -> None:
-    report = prune(model, tmp_path / "out", text=text, evaluation_windows=2)
+def test_text_of_its_own_judges_without_calibration(model: Path, tmp_path: Path) -> None:
+    report = prune(model, tmp_path / "out", text=text_beside(model), evaluation_windows=2)
     assert report.perplexity_after is not None
     assert report.calibration is None
 
 
-def test_all_methods_are_judged_on_the_same_windows(model: Path, text: str, tmp_path: Path) -> None:
-    calibration = {**NOWHERE, "source": text}
+def test_all_methods_are_judged_on_the_same_windows(model: Path, tmp_path: Path) -> None:
+    calibration = {**NOWHERE, "source": text_beside(model)}
     found = [
         prune(model, tmp_path / method, method=method, calibration=calibration, evaluation_windows=2)
         for method in ("random-structure", "wanda-structure")
