@@ -99,7 +99,7 @@ class Bench:
         return found
 
     def two_stages(self, first: float, total: float, seed: int) -> float | None:
-        """Perplexity when `total` of the prunable parameters go, experts first; None where that is too much."""
+        """Perplexity when `total` of the prunable parameters go, experts first; None for too much."""
         prunable = secateur.inspect(self.arguments.model)["parameters_prunable"]
         with tempfile.TemporaryDirectory() as scratch:
             model, out, gone = self.arguments.model, Path(scratch) / "out", 0

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 Result = TypeVar("Result")
 How = Literal["stock", "remote", "import"]
 IDS = torch.arange(1, 25).view(2, 12)
+MOST_SECONDS = 300
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 if sys.platform != "win32":
     PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "cyclopts"])
@@ -67,7 +68,8 @@ def together(world: int, work: Callable[..., object], *arguments: Any) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(MOST_SECONDS)
+        process.kill()  # one that waits for another that failed
     assert [process.exitcode for process in processes] == [0] * world
 
 

@@ -1,117 +1,81 @@
 """The contract of every method with every family: exact counts, only matrices touched, loads as before.
 
-Each pair is pruned once into a folder. One fresh process without secateur reads all of them back.
+Each pair is pruned once into a folder. One fresh process without secateur reads those of a family back.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from elsewhere import IDS, logits_elsewhere
+from small_runs import prune
 from tiny_models import FAMILIES, UNLISTED, save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import secateur
 from secateur.anatomy.resolve import resolve
 from secateur.core.method import METHODS, methods_of
 from secateur.core.pattern import Pattern
 from secateur.core.selection import check_pattern, drop_count
 from secateur.report.model import Report
 
-IDS = torch.arange(5, 29).view(2, 12)
+ALL = (*FAMILIES, *UNLISTED)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TEXT = (
-    "The gardener cut the old branches of the apple tree, and 12 new shoots came up beside the wall.\n" * 40
-)
-SKIP_OPTIONS = {"alps": {"iterations": 30}}
-
-LOADER = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM
-assert "secateur" not in sys.modules
-ids = torch.arange(5, 29).view(2, 12)
-for folder in json.load(sys.stdin):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-    torch.save(logits, folder + "/logits.pt")
-"""
+OPTIONS = {"alps": {"iterations": 30}}
 
 
-@dataclass(frozen=True)
-class Case:
-    family: str
-    method: str
-    pattern: str
-    dtype: torch.dtype
-
-
-@dataclass
-class Result:
+class Result(NamedTuple):
     source: Path
     folder: Path
+    pattern: str
     report: Report
 
 
-def cases() -> list[Case]:
-    """Every method with every family; dtype and pattern alternate so that each meets each."""
-    found = []
-    for f, family in enumerate((*FAMILIES, *UNLISTED)):
-        for m, method in enumerate(methods_of("weights")):
-            pattern = "2:4" if (f + m) % 2 else "unstructured"
-            found.append(Case(family, method, pattern, DTYPES[(f + m) % len(DTYPES)]))
-    return found
+class Results(dict[str, Result]):
+    """What each method makes of one family, made when it is asked for.
+
+    Dtype and pattern alternate over families and methods, so that each meets each.
+    """
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.family, self.folder = family, folder
+
+    def __missing__(self, method: str) -> Result:
+        turn = ALL.index(self.family) + methods_of("weights").index(method)
+        dtype, pattern = DTYPES[turn % len(DTYPES)], "2:4" if turn % 2 else "unstructured"
+        source = self.folder / str(dtype)
+        if not source.exists():
+            save_tiny(self.family, source, dtype=dtype)
+        out = self.folder / method
+        report = prune(
+            source, out, method=method, sparsity=0.5, pattern=pattern, options=OPTIONS.get(method, {}),
+            calibration={"samples": 4}, evaluation_windows=0,
+        )  # fmt: skip
+        return self.setdefault(method, Result(source, out, pattern, report))
 
 
-CASES = cases()
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Result]:
-    base = tmp_path_factory.mktemp("contract")
-    text = base / "text.txt"
-    text.write_text(TEXT, encoding="utf-8")
-    sources: dict[tuple[str, torch.dtype], Path] = {}
-    results = {}
-    for number, case in enumerate(CASES):
-        key = (case.family, case.dtype)
-        if key not in sources:
-            folder = base / f"{case.family}-{case.dtype}"
-            sources[key] = save_tiny(case.family, folder, dtype=case.dtype)
-        out = base / f"pruned-{number}"
-        report = secateur.prune(
-            sources[key],
-            out,
-            method=case.method,
-            sparsity=0.5,
-            pattern=case.pattern,
-            options=SKIP_OPTIONS.get(case.method, {}),
-            calibration={"source": str(text), "samples": 4, "length": 24},
-            evaluation_windows=0,
-            measure_speed=False,
-        )
-        results[case] = Result(sources[key], out, report)
-    return results
+@pytest.fixture(scope="module", params=ALL)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Of one family after the other: pytest runs the tests of a family in a row."""
+    return Results(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}-{case.method}-{case.pattern}")
-def test_exact_sparsity_and_nothing_else_touched(case: Case, results: dict[Case, Result]) -> None:
-    result = results[case]
+@pytest.mark.parametrize("method", methods_of("weights"))
+def test_exact_sparsity_and_nothing_else_touched(method: str, results: Results) -> None:
+    result = results[method]
+    assert 0.45 < result.report.sparsity <= 0.5 + 1e-9
     dense, pruned = load(result.source), load(result.folder)
     anatomy = resolve(dense.config)
     rows = {(row.block, row.matrix): row for row in result.report.layers}
     before, after = dict(dense.named_parameters()), dict(pruned.named_parameters())
     touched = set()
-    pattern = Pattern.parse(case.pattern).resolve(METHODS.get(case.method).default_pattern)
+    pattern = Pattern.parse(result.pattern).resolve(METHODS.get(method).default_pattern)
     for block in anatomy.blocks:
         inside = {name.removeprefix(block.prefix + "."): tensor for name, tensor in after.items()}
         for matrix in block.matrices:
@@ -133,17 +97,11 @@ def test_exact_sparsity_and_nothing_else_touched(case: Case, results: dict[Case,
             assert torch.equal(tensor, after[name]), name
 
 
-def test_stock_transformers_reads_the_same_in_a_fresh_process(results: dict[Case, Result]) -> None:
-    folders = [str(result.folder) for result in results.values()]
-    subprocess.run([sys.executable, "-c", LOADER], input=json.dumps(folders), text=True, check=True)
-    for case, result in results.items():
+def test_stock_transformers_reads_the_same_in_a_fresh_process(results: Results) -> None:
+    methods = methods_of("weights")
+    read = logits_elsewhere(results[method].folder for method in methods)
+    for method, fresh in zip(methods, read, strict=True):
         with torch.no_grad():
-            expected = load(result.folder)(input_ids=IDS, use_cache=False).logits
-        fresh = torch.load(result.folder / "logits.pt", weights_only=True)
-        assert torch.equal(fresh, expected), case
-        assert torch.isfinite(fresh).all(), case
-
-
-def test_every_method_changes_something(results: dict[Case, Result]) -> None:
-    for case, result in results.items():
-        assert 0.45 < result.report.sparsity <= 0.5 + 1e-9, case
+            expected = load(results[method].folder)(input_ids=IDS, use_cache=False).logits
+        assert torch.equal(fresh, expected), method
+        assert torch.isfinite(fresh).all(), method

@@ -1,14 +1,12 @@
-"""Two processes of `torchrun` end with the statistics of one."""
+"""Two processes, started as by torchrun, end with the statistics of one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import together
 from safetensors.torch import load_file
 
 from calibration import worker
@@ -17,12 +15,7 @@ from secateur.calibration.distributed import Group, local_device
 
 def test_two_processes_end_with_the_sums_of_one(tmp_path: Path) -> None:
     """Shards of two and three windows: the gradients of one process have a chunk without a sequence."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(worker.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*run, worker.__file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    together(2, worker.work, tmp_path)
     first, second = (load_file(tmp_path / f"process-{rank}.safetensors") for rank in range(2))
     alone = worker.results(worker.windows(), None, tmp_path / "alone")
     assert first.keys() == second.keys() == alone.keys()

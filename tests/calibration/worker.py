@@ -1,8 +1,7 @@
-"""What each of two processes of `torchrun` does in `test_distributed.py`; process 0 leaves the results."""
+"""What each of two processes does in `test_distributed.py`; process 0 leaves the results."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -64,7 +63,7 @@ def results(part: Windows, group: Group | None, folder: Path) -> dict[str, Tenso
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def main(folder: Path) -> None:
+def work(folder: Path) -> None:
     with Group.joined(torch.device("cpu")) as group:
         assert group is not None
         sent = {"parts": ["block-00000"], "loss": 0.1, "none": None}
@@ -72,8 +71,3 @@ def main(folder: Path) -> None:
         found = results(windows().shard(group.rank, group.world), group, folder / "gradients")
         save_file(found, folder / f"process-{group.rank}.safetensors")
         group.barrier()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

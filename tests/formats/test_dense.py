@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elsewhere import IDS, loaded_elsewhere
+from small_runs import interrupted, same_bytes
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -20,16 +20,6 @@ from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.errors import ExportError, OutputError
 
 from .cut_models import save_cut
-
-IDS = torch.arange(1, 25).view(2, 12)
-LOAD = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-assert "secateur" not in sys.modules
-assert type(model).__name__ == sys.argv[3]
-torch.save(model(torch.arange(1, 25).view(2, 12)).logits, sys.argv[2])
-"""
 
 
 @pytest.mark.parametrize(
@@ -45,11 +35,10 @@ def test_a_stock_class_in_a_fresh_process_says_the_same(
     assert not list((tmp_path / "dense").glob("*.py"))
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert not {"auto_map", "per_layer_config", "block_biases", "base_model_type"} & config.keys()
-    saved = tmp_path / "logits.pt"
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "dense"), str(saved), name]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    there = loaded_elsewhere(tmp_path / "dense")
+    assert there.name == name
     here = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    torch.testing.assert_close(torch.load(saved), here(IDS).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(there.logits, here(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
@@ -105,24 +94,13 @@ def test_what_needs_no_padding_or_has_no_room_is_refused(tmp_path: Path) -> None
     assert not (tmp_path / "dense").exists()
 
 
-def test_an_interrupted_export_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_export_goes_on(tmp_path: Path) -> None:
     model = save_cut("llama", tmp_path)
     secateur.export(model, tmp_path / "whole", format="dense")
-    with monkeypatch.context() as patch:
-        write, written = CheckpointWriter.write, []
-
-        def stop(self: CheckpointWriter, *rest: Any) -> None:
-            if len(written) == 2:
-                raise KeyboardInterrupt
-            written.append(rest[0])
-            write(self, *rest)
-
-        patch.setattr(CheckpointWriter, "write", stop)
-        with pytest.raises(KeyboardInterrupt):
-            secateur.export(model, tmp_path / "dense", format="dense")
+    with interrupted(2, CheckpointWriter, "write"):
+        secateur.export(model, tmp_path / "dense", format="dense")
     assert not (tmp_path / "dense" / "config.json").exists()
     secateur.export(model, tmp_path / "dense", format="dense")
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "dense" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same_bytes(tmp_path / "dense", tmp_path / "whole")
     with pytest.raises(OutputError, match="not empty"):
         secateur.export(model, tmp_path / "dense", format="dense")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from elsewhere import dies
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny_tokenizer
 
@@ -266,30 +263,10 @@ def test_bad_requests(tmp_path: Path) -> None:
         secateur.export("seedling", tmp_path / "a.gguf", format="onnx")
 
 
-KILLED = """
-import sys, time
-import secateur
-from secateur.formats import gguf_file
-encoded = gguf_file._encoded
-def slow(*rest):
-    print("writing", flush=True)
-    time.sleep(0.2)
-    return encoded(*rest)
-gguf_file._encoded = slow
-secateur.export("seedling", sys.argv[1])
-"""
-
-
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_killed_export_leaves_no_file_and_the_next_one_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    dies("secateur.formats.gguf_file:_encoded", 2, secateur.export, "seedling", out)
     assert not out.exists()
     secateur.export("seedling", out)
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]

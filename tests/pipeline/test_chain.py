@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small_runs import text_beside
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -16,16 +17,13 @@ from secateur.pipeline.chain import prune_chain
 from secateur.recipe import Recipe, RecoveryRecipe, read_recipe
 from secateur.report.model import Report
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    save_tiny("llama", tmp_path / "model", num_hidden_layers=3)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=3)
     values = {
-        "model": str(tmp_path / "model"),
-        "calibration": {"source": str(tmp_path / "text.txt"), "samples": 6, "length": 24},
+        "model": str(model),
+        "calibration": {"source": text_beside(model), "samples": 6, "length": 24},
         "evaluation_windows": 2,
         "measure_speed": False,
         "stages": [{"method": "flap", "sparsity": 0.2}, {"method": "wanda", "sparsity": 0.5}],

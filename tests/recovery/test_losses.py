@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 
 from secateur.calibration.windows import Windows
-from secateur.recovery.losses import block_outputs, divergence, hidden_distance, predicting
+from secateur.recovery.losses import block_outputs, divergence, hidden_distance
 
 IDS = torch.arange(1, 25).view(2, 12)
 EVERYWHERE = torch.ones(1, 1, dtype=torch.bool)
@@ -17,7 +17,7 @@ EVERYWHERE = torch.ones(1, 1, dtype=torch.bool)
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     logits = tiny_model("llama")(IDS).logits.detach()
-    at = predicting(Windows.of(IDS))
+    at = Windows.of(IDS).predicting
     assert float(divergence(logits, logits, at, 2.0)) == 0.0
     assert float(divergence(logits + 3.0, logits, at, 2.0)) == pytest.approx(0.0, abs=1e-5)
 
@@ -33,9 +33,9 @@ def test_the_divergence_is_from_teacher_to_student_at_a_temperature() -> None:
 
 def test_only_real_tokens_with_a_real_next_one_predict() -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
-    padded = predicting(Windows.of(torch.ones(2, 4), mask))
+    padded = Windows.of(torch.ones(2, 4), mask).predicting
     assert padded.tolist() == [[False, True, True, False], [True, False, False, False]]
-    whole = predicting(Windows.of(torch.ones(1, 3)))
+    whole = Windows.of(torch.ones(1, 3)).predicting
     assert whole.tolist() == [[True, True, False]]
     wrong = torch.randn(2, 4, 5)
     wrong[padded] = 0

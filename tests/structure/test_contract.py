@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import prune, text_beside
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.core.method import methods_of
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-OPTIONS = {"slicegpt": {"round_to": 1}}  # tiny models have few multiples of 8
+OPTIONS = {
+    "slicegpt": {"round_to": 1},  # tiny models have few multiples of 8
+    "adapt-pruner": {"step": 0.05},
+    "tyr": {"generations": 2, "offspring": 6, "tokens": [48, 144], "survivors": [2]},
+}
 FAMILIES = {"llama": torch.float32, "qwen2": torch.bfloat16, "phi3": torch.float16}
 
 
@@ -25,25 +29,13 @@ def test_what_comes_out_is_smaller_loads_and_is_what_was_measured(
 ) -> None:
     dtype = FAMILIES[family]
     model = save_tiny(family, tmp_path / "model", num_hidden_layers=4, dtype=dtype)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    report = secateur.prune(
-        model,
-        tmp_path / "out",
-        method=method,
-        sparsity=0.25,
-        options=OPTIONS.get(method, {}),
-        calibration={"source": str(tmp_path / "text.txt"), "samples": 6, "length": 24},
-        evaluation_windows=2,
-        measure_speed=False,
-    )
+    report = prune(model, tmp_path / "out", method=method, sparsity=0.25, options=OPTIONS.get(method, {}))
     assert report.sparsity == pytest.approx(0.25, abs=0.02)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == dtype
     assert sum(p.numel() for p in loaded.parameters()) == report.parameters_after < report.parameters_before
     assert sum(p.nbytes for p in loaded.parameters()) == report.bytes_after < report.bytes_before
-    again = secateur.evaluate(
-        tmp_path / "out", against=model, text=str(tmp_path / "text.txt"), windows=2, length=24
-    )
+    again = secateur.evaluate(tmp_path / "out", against=model, text=text_beside(model), windows=2, length=24)
     assert math.isfinite(again["perplexity"])
     assert math.isfinite(again["kl_divergence"])
     assert report.method == method

@@ -27,7 +27,7 @@ def scores_of(seed: int) -> list[torch.Tensor]:
     return [torch.rand(units.count, generator=generator) for _, units in GROUPS]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 100), st.floats(0.02, 0.85), st.sampled_from([0.0, 0.02, 0.05]), st.sampled_from([1, 8])
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from secateur.calibration.documents import is_hub_name, read_hub, read_json, read_parquet, read_text
@@ -81,6 +82,12 @@ class Windows:
     def tokens(self) -> int:
         """Real tokens in all windows."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+    @property
+    def predicting(self) -> Tensor:
+        """(n, T) bool: positions whose next token is in the window, both real."""
+        real = torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask
+        return real & functional.pad(real[:, 1:], (0, 1))
 
     def batches(self, size: int) -> Iterator[Windows]:
         """Consecutive parts of at most `size` windows."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from secateur.calibration.activations import Activations, Batch
 from secateur.calibration.driver import Driver
@@ -32,7 +31,6 @@ __all__ = [
     "only_rows",
     "perplexity",
     "predicted_tokens",
-    "predicting",
     "predictions",
     "propagate",
     "protocol_of",
@@ -156,7 +154,7 @@ def summed_loss(source: BlockSource, held: Activations, batch: Batch, hidden: Te
 
 def predicted_tokens(windows: Windows) -> int:
     """Tokens that a perplexity on these windows is the mean over."""
-    return int(predicting(windows).sum())
+    return int(windows.predicting.sum())
 
 
 def compare_quality(
@@ -196,7 +194,7 @@ def compare_quality(
 
 def propagate(source: BlockSource, windows: Windows, batch_size: int | None, progress: Progress) -> Driver:
     """A driver that holds the final hidden states."""
-    if not bool(predicting(windows).any()):
+    if not predicted_tokens(windows):
         raise CalibrationError(
             f"windows of {windows.source} without two real tokens in a row", "a token to predict"
         )
@@ -207,16 +205,9 @@ def propagate(source: BlockSource, windows: Windows, batch_size: int | None, pro
     return driver
 
 
-def predicting(windows: Windows) -> Tensor:
-    """(n, T) bool: positions whose next token is in the window, both real."""
-    real = torch.ones_like(windows.ids, dtype=torch.bool) if windows.mask is None else windows.mask
-    following = functional.pad(real[:, 1:], (0, 1))
-    return real & following
-
-
 def _owners(windows: Windows) -> Tensor:
     """The window of each predicted token, in the order of `predictions`."""
-    return predicting(windows).nonzero()[:, 0]
+    return windows.predicting.nonzero()[:, 0]
 
 
 def predictions(driver: Driver, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -229,7 +220,7 @@ def _chunks(
     source: BlockSource, windows: Windows, logits: Callable[[], Tensor], at_once: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     head, device = source.model.get_submodule(source.anatomy.head), source.device
-    positions = predicting(windows).flatten().nonzero()[:, 0]
+    positions = windows.predicting.flatten().nonzero()[:, 0]
     targets = windows.ids.flatten()[positions + 1].to(device)
     chunks = zip(torch.split(positions.to(device), at_once), torch.split(targets, at_once), strict=True)
     for rows, following in chunks:

@@ -10,18 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.calibration.windows import Windows
-
-__all__ = ["block_outputs", "divergence", "hidden_distance", "predicting"]
-
-
-def predicting(windows: Windows) -> Tensor:
-    """(B, T) bool: real positions whose next token is real and in the window."""
-    if windows.mask is None:
-        found = torch.ones_like(windows.ids, dtype=torch.bool)
-        found[:, -1] = False
-        return found
-    return windows.mask & functional.pad(windows.mask[:, 1:], (0, 1))
+__all__ = ["block_outputs", "divergence", "hidden_distance"]
 
 
 def divergence(student: Tensor, teacher: Tensor, at: Tensor, temperature: float) -> Tensor:

@@ -22,7 +22,7 @@ from secateur.calibration.windows import Windows
 from secateur.core.errors import NumericsError
 from secateur.core.progress import SILENT, Progress, Task
 from secateur.recovery.base import Training
-from secateur.recovery.losses import block_outputs, divergence, hidden_distance, predicting
+from secateur.recovery.losses import block_outputs, divergence, hidden_distance
 from secateur.recovery.saved import TrainingState
 from secateur.recovery.student import Student
 
@@ -186,7 +186,7 @@ class Trainer:
             return next_token_loss(logits, batch)
         with torch.no_grad(), block_outputs(teacher.blocks) as theirs:
             target = self._logits(teacher.model, batch)
-        at, loss = predicting(batch), logits.new_zeros((), dtype=torch.float32)
+        at, loss = batch.predicting, logits.new_zeros((), dtype=torch.float32)
         if method.kl_weight:
             loss = loss + method.kl_weight * divergence(logits, target, at, method.temperature)
         if method.kl_weight < 1:
@@ -209,7 +209,7 @@ class Trainer:
         with torch.no_grad():
             for part in self.validation.batches(EVALUATION_WINDOWS_AT_ONCE):
                 losses.append(next_token_loss(self._logits(self.student.model, part), part).double().cpu())
-                weights.append(float(predicting(part).sum()))
+                weights.append(float(part.predicting.sum()))
         weight = torch.tensor(weights, dtype=torch.float64)
         found = float((torch.stack(losses) * weight).sum() / weight.sum())
         loss = float(self._sum) / self._since if self._since else None

@@ -26,6 +26,7 @@ __all__ = [
     "DepthMethod",
     "Losses",
     "Piece",
+    "PieceLosses",
     "PieceMethod",
     "SearchMethod",
     "SliceMethod",
@@ -250,6 +251,10 @@ class Piece:
         return f"{self.block}.{self.part}"
 
 
+PieceLosses = Callable[[Sequence[Piece]], "list[float]"]
+"""Losses of a model that each of these pieces is taken out of."""
+
+
 class PieceMethod(Method):
     """Base of the methods that remove one piece after the other and look at the model after each."""
 
@@ -262,10 +267,7 @@ class PieceMethod(Method):
     )
 
     def pick(
-        self,
-        pieces: Sequence[Piece],
-        turns: Mapping[str, float],
-        losses: Callable[[Sequence[Piece]], list[float]],
+        self, pieces: Sequence[Piece], turns: Mapping[str, float], losses: PieceLosses
     ) -> tuple[Piece, float]:
         """The piece that goes next, and the loss of the model without it.
 

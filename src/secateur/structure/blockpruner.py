@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
 from secateur.core.method import Paper
-from secateur.structure.base import Piece, PieceMethod, register
+from secateur.structure.base import Piece, PieceLosses, PieceMethod, register
 
 __all__ = ["BlockPruner"]
 
@@ -37,10 +37,7 @@ class BlockPruner(PieceMethod):
         return min(self.shortlist or pieces, pieces)
 
     def pick(
-        self,
-        pieces: Sequence[Piece],
-        turns: Mapping[str, float],
-        losses: Callable[[Sequence[Piece]], list[float]],
+        self, pieces: Sequence[Piece], turns: Mapping[str, float], losses: PieceLosses
     ) -> tuple[Piece, float]:
         tried = pieces
         if self.shortlist is not None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from elsewhere import dies, loaded_elsewhere
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import save_tiny, tiny_tokenizer
@@ -109,16 +106,7 @@ def test_names_shapes_dtypes_and_zeros_stay(
 
 def test_it_loads_in_a_fresh_process_without_secateur(models: Path, text: Path, tmp_path: Path) -> None:
     report = secateur.recover(models / "uneven", tmp_path / "out", text=text, learning_rate=0.01, **SMALL)
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
-        "m = A.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)\n"
-        "print(sum(p.numel() for p in m.parameters()))"
-    )
-    environment = {**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) == report.parameters_after
+    assert loaded_elsewhere(tmp_path / "out", "remote").parameters == report.parameters_after
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 0}, {"learning_rate": 0.0}])
@@ -131,20 +119,6 @@ def test_nothing_learnt_is_nothing_changed(
     assert report.perplexity_before == report.perplexity_after
 
 
-KILLED = """
-import os, signal, sys
-from secateur.recovery.trainer import Trainer
-keep = Trainer._keep
-def then_die(self):
-    keep(self)
-    if self.curve.step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-Trainer._keep = then_die
-from secateur.cli.app import run
-sys.exit(run(sys.argv[1:]))
-"""
-
-
 def test_a_killed_run_ends_in_the_same_bytes(models: Path, text: Path, tmp_path: Path) -> None:
     def arguments(out: Path, *more: str) -> list[str]:
         return [
@@ -155,8 +129,7 @@ def test_a_killed_run_ends_in_the_same_bytes(models: Path, text: Path, tmp_path:
 
     assert run(arguments(tmp_path / "whole")) == 0
     out = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments(out)], capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    dies("secateur.recovery.trainer:Trainer._step", 4, run, arguments(out))
     assert (out / ".secateur" / "scratch" / STATE).exists()
     assert not (out / "config.json").exists()
     assert run(arguments(out)) == 2

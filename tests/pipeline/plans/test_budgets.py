@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+import small_runs
 import torch
+from small_runs import interrupted, same_bytes, text_beside
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -19,20 +21,10 @@ from secateur.pipeline.opened import open_model
 from secateur.pipeline.plans import decode_costs
 from secateur.pipeline.plans.decode_costs import DecodeTable, rising
 from secateur.pipeline.plans.draft import groups_of
-from secateur.pipeline.state import Run
 from secateur.pipeline.ways import structure
-from secateur.report.model import Report
 from secateur.structure.wanda_structure import WandaStructure
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-BOTH = ("model.safetensors", "config.json")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
+prune = partial(small_runs.prune, calibration={"samples": 4}, evaluation_windows=0)
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +33,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", folder, num_hidden_layers=3, dtype=torch.bfloat16)
 
 
-def prune(model: Path, out: Path, text: str, **settings: Any) -> Report:
-    calibration = {"source": text, "samples": 4, "length": 24}
-    settings = {"evaluation_windows": 0, "measure_speed": False, **settings}
-    return secateur.prune(model, out, calibration=calibration, **settings)
-
-
-def same_files(one: Path, other: Path, *names: str) -> bool:
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
-
-
 @pytest.mark.parametrize("spread", ["uniform", "global", "knapsack"])
 @pytest.mark.parametrize("kind", ["parameters", "bytes"])
 def test_a_size_counts_the_whole_files_and_is_never_exceeded(
-    kind: str, spread: str, model: Path, tmp_path: Path, text: str
+    kind: str, spread: str, model: Path, tmp_path: Path
 ) -> None:
     dense = open_model(model).checkpoint
     limit = int(0.8 * (dense.nbytes if kind == "bytes" else dense.parameters))
     options = {"spread": spread, "compensate": "bias"}  # added biases count too
     report = prune(
-        model, tmp_path / "out", text, method="wanda-structure", budget=f"{kind}={limit}", options=options
+        model, tmp_path / "out", method="wanda-structure", budget=f"{kind}={limit}", options=options
     )
     after = open_model(tmp_path / "out").checkpoint
     size = after.nbytes if kind == "bytes" else after.parameters
@@ -72,8 +54,8 @@ def test_a_size_counts_the_whole_files_and_is_never_exceeded(
     assert report.sparsity_requested == pytest.approx(report.sparsity)
 
 
-def test_what_is_reported_is_what_the_files_hold(model: Path, tmp_path: Path, text: str) -> None:
-    report = prune(model, tmp_path / "out", text, method="wanda-structure", sparsity=0.3)
+def test_what_is_reported_is_what_the_files_hold(model: Path, tmp_path: Path) -> None:
+    report = prune(model, tmp_path / "out", method="wanda-structure", sparsity=0.3)
     facts, loaded = report.structure, AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert facts is not None
     config = loaded.config
@@ -94,12 +76,8 @@ def test_what_is_reported_is_what_the_files_hold(model: Path, tmp_path: Path, te
     assert f"{facts.macs_per_token_after:,}" in html
 
 
-def test_unequal_plans_report_the_nearest_uniform_one_and_make_it(
-    model: Path, tmp_path: Path, text: str
-) -> None:
-    first = prune(
-        model, tmp_path / "first", text, method="flap", sparsity=0.35, options={"compensate": "none"}
-    )
+def test_unequal_plans_report_the_nearest_uniform_one_and_make_it(model: Path, tmp_path: Path) -> None:
+    first = prune(model, tmp_path / "first", method="flap", sparsity=0.35, options={"compensate": "none"})
     assert first.structure is not None
     near = first.structure.uniform
     assert near is not None
@@ -107,9 +85,7 @@ def test_unequal_plans_report_the_nearest_uniform_one_and_make_it(
     assert any("-O uniform=true" in warning for warning in first.warnings)
     scores = str(tmp_path / "first" / "scores.safetensors")
     options = {"compensate": "none", "uniform": True}
-    report = prune(
-        model, tmp_path / "equal", text, method="flap", sparsity=0.35, options=options, scores=scores
-    )
+    report = prune(model, tmp_path / "equal", method="flap", sparsity=0.35, options=options, scores=scores)
     assert (report.parameters_after, report.bytes_after) == (near.parameters, near.bytes)
     assert near.parameters <= first.parameters_after
     config = json.loads((tmp_path / "equal" / "config.json").read_text())
@@ -120,27 +96,27 @@ def test_unequal_plans_report_the_nearest_uniform_one_and_make_it(
 
 
 @pytest.mark.parametrize("compensate", ["none", "bias", "least_squares"])
-def test_a_plan_makes_the_same_files_again(compensate: str, model: Path, tmp_path: Path, text: str) -> None:
+def test_a_plan_makes_the_same_files_again(compensate: str, model: Path, tmp_path: Path) -> None:
     options = {"compensate": compensate}
-    made = prune(model, tmp_path / "made", text, method="flap", sparsity=0.3, options=options)
+    made = prune(model, tmp_path / "made", method="flap", sparsity=0.3, options=options)
     plan = tmp_path / "made" / "plan.json"
-    again = prune(model, tmp_path / "again", text, plan=str(plan))
-    assert same_files(tmp_path / "made", tmp_path / "again", *BOTH, "plan.json")
+    again = prune(model, tmp_path / "again", plan=str(plan))
+    assert same_bytes(tmp_path / "made", tmp_path / "again", "plan.json")
     assert (again.method, again.options) == ("flap", made.options)
     assert again.sparsity_requested == 0.3
     assert not (tmp_path / "again" / "scores.safetensors").exists()
 
 
-def test_plans_that_do_not_fit_are_refused(model: Path, tmp_path: Path, text: str) -> None:
-    prune(model, tmp_path / "made", text, method="wanda-structure", sparsity=0.3)
+def test_plans_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> None:
+    prune(model, tmp_path / "made", method="wanda-structure", sparsity=0.3)
     plan = tmp_path / "made" / "plan.json"
     other = save_tiny("llama", tmp_path / "other", num_hidden_layers=3, seed=1)
     with pytest.raises(InputError, match="plan for model"):
-        prune(other, tmp_path / "out", text, plan=str(plan))
+        prune(other, tmp_path / "out", plan=str(plan))
     with pytest.raises(RecipeError, match="leave --sparsity out"):
-        prune(model, tmp_path / "out", text, plan=str(plan), sparsity=0.3)
+        prune(model, tmp_path / "out", plan=str(plan), sparsity=0.3)
     with pytest.raises(RecipeError, match="leave --method out"):
-        prune(model, tmp_path / "out", text, plan=str(plan), method="flap")
+        prune(model, tmp_path / "out", plan=str(plan), method="flap")
     values = json.loads(plan.read_text())
     for bad, message in (
         ([{"ffn": [], "kv_groups": [0]}] * 3, "nothing"),
@@ -152,10 +128,10 @@ def test_plans_that_do_not_fit_are_refused(model: Path, tmp_path: Path, text: st
         damaged = tmp_path / "damaged.json"
         damaged.write_text(json.dumps({**values, "blocks": bad}))
         with pytest.raises(InputError, match=message):
-            prune(model, tmp_path / "out", text, plan=str(damaged))
+            prune(model, tmp_path / "out", plan=str(damaged))
     damaged.write_text("{}")
     with pytest.raises(InputError, match="is no plan"):
-        prune(model, tmp_path / "out", text, plan=str(damaged))
+        prune(model, tmp_path / "out", plan=str(damaged))
     assert not (tmp_path / "out").exists()
 
 
@@ -176,11 +152,19 @@ def test_bad_budgets_are_one_line(
     fragments: list[str],
     model: Path,
     tmp_path: Path,
-    text: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     method = [] if "--method" in more else ["--method", "flap"]
-    command = ["prune", str(model), "-o", str(tmp_path / "out"), "--calibration", text, "--length", "24"]
+    command = [
+        "prune",
+        str(model),
+        "-o",
+        str(tmp_path / "out"),
+        "--calibration",
+        text_beside(model),
+        "--length",
+        "24",
+    ]
     assert run([*command, *method, *more]) == 2
     error = capsys.readouterr().err
     assert error.count("error:") == 1
@@ -189,23 +173,21 @@ def test_bad_budgets_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_floors_that_were_reached_are_named(model: Path, tmp_path: Path, text: str) -> None:
+def test_floors_that_were_reached_are_named(model: Path, tmp_path: Path) -> None:
     options = {"targets": "heads", "spread": "global"}
     sizes = open_model(model).anatomy.blocks
     group = next(units for _, units in groups_of(open_model(model), WandaStructure()) if units.kind != "ffn")
     sparsity = 3 * group.parameters / sum(block.size for block in sizes)
-    report = prune(
-        model, tmp_path / "out", text, method="magnitude-structure", sparsity=sparsity, options=options
-    )
+    report = prune(model, tmp_path / "out", method="magnitude-structure", sparsity=sparsity, options=options)
     assert report.structure is not None
     assert report.structure.floors == ["0.kv_groups", "1.kv_groups", "2.kv_groups"]
     assert all("min_keep" in layer.fallbacks[0] for layer in report.layers)
 
 
 def test_plan_shows_every_block_of_saved_scores(
-    model: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = prune(model, tmp_path / "made", text, method="flap", sparsity=0.3)
+    report = prune(model, tmp_path / "made", method="flap", sparsity=0.3)
     scores = str(tmp_path / "made" / "scores.safetensors")
     facts = secateur.plan(model, method="flap", sparsity=0.3, scores=scores)
     assert facts["parameters_after"] == report.parameters_after
@@ -246,33 +228,27 @@ def test_noise_is_bent_straight() -> None:
 
 
 def test_a_killed_run_keeps_the_costs_it_measured(
-    model: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"method": "wanda-structure", "budget": "decode=0.8x", "options": {"spread": "knapsack"}}
     tables = iter([TABLE, TABLE])
     monkeypatch.setattr(structure, "measure_decode", lambda *_: next(tables))
-    report = prune(model, tmp_path / "whole", text, **settings)
+    report = prune(model, tmp_path / "whole", **settings)
     assert report.structure is not None
     assert report.structure.budget is not None
     assert 7.5 < report.structure.budget.planned <= 8.0
-    with monkeypatch.context() as patch:
-
-        def stop(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(Run, "keep", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prune(model, tmp_path / "out", text, **settings)
-    prune(model, tmp_path / "out", text, resume=True, **settings)  # a third measurement would fail
-    assert same_files(tmp_path / "whole", tmp_path / "out", *BOTH, "plan.json", "scores.safetensors")
+    with interrupted(after=0):
+        prune(model, tmp_path / "out", **settings)
+    prune(model, tmp_path / "out", resume=True, **settings)  # a third measurement would fail
+    assert same_bytes(tmp_path / "whole", tmp_path / "out", "plan.json", "scores.safetensors")
 
 
 def test_a_time_out_of_reach_is_refused_before_anything_is_written(
-    model: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(structure, "measure_decode", lambda *_: TABLE)
     with pytest.raises(RecipeError, match="at least"):
-        prune(model, tmp_path / "out", text, method="wanda-structure", budget="decode=2ms")
+        prune(model, tmp_path / "out", method="wanda-structure", budget="decode=2ms")
     assert not (tmp_path / "out").exists()
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elsewhere import dies
+from small_runs import same_bytes, text_beside
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -21,15 +20,12 @@ from secateur.pipeline.search import searching
 from secateur.pipeline.search.supernet import Supernet
 from secateur.report.model import Report
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
 FAST = {"generations": 3, "iterations": 2, "offspring": 6, "tokens": [48, 144], "survivors": [2]}
-FILES = ("model.safetensors", "config.json", "search.json")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return save_tiny("llama", folder / "model", num_hidden_layers=4, num_key_value_heads=4)
 
 
@@ -42,7 +38,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(model: Path, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    calibration = {"source": str(model.parent / "text.txt"), "samples": 6, "length": 24}
+    calibration = {"source": text_beside(model), "samples": 6, "length": 24}
     common = {"method": "tyr", "sparsity": 0.3, "evaluation_windows": 2}
     checks = {"measure_speed": False, "check_loading": False}
     return {**common, **checks, "calibration": calibration, "options": {**FAST, **(options or {})}, **changes}
@@ -107,7 +103,6 @@ def test_on_one_batch_the_best_so_far_only_improves(model: Path, tmp_path: Path)
 @pytest.mark.parametrize("fitness", ["kl", "perplexity"])
 def test_a_block_that_does_nothing_loses_most(fitness: str, tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=4, num_key_value_heads=4)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     dense = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         dense.model.layers[1].self_attn.o_proj.weight.mul_(1e-4)
@@ -159,39 +154,20 @@ def test_later_blocks_see_pruned_inputs(
     assert torch.equal(pruned[1], seen[1]) == (how == "none")
 
 
-KILLED = """
-import json, os, signal, sys
-import secateur
-import secateur.pipeline.state, secateur.pipeline.search.supernet
-from secateur.pipeline.search import searching
-count = [0]
-original = {place}
-def dying(*arguments):
-    count[0] += 1
-    if count[0] == {number}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments)
-{place} = dying
-secateur.prune(sys.argv[1], sys.argv[2], resume=True, **json.loads(sys.argv[3]))
-"""
 PLACES = [
-    ("secateur.pipeline.search.supernet.Supernet.save", 3),
-    ("searching.Search._save", 5),  # in the second iteration
-    ("secateur.pipeline.state.Run.keep", 2),
+    ("secateur.pipeline.search.supernet:Supernet.save", 3),
+    ("secateur.pipeline.search.searching:Search._save", 5),  # in the second iteration
+    ("secateur.pipeline.state:Run.keep", 2),
 ]
 
 
 def test_a_search_that_was_killed_goes_on_to_the_same_bytes(model: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for place, number in PLACES:
-        script = KILLED.format(place=place, number=number)
-        command = [sys.executable, "-c", script, str(model), str(out), json.dumps(settings(model))]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        dies(place, number, secateur.prune, model, out, resume=True, **settings(model))
         assert not (out / "config.json").exists()
     prune(model, out, resume=True)
-    for name in FILES:
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert same_bytes(out, whole, "search.json")
     assert not (out / ".secateur").exists()
 
 
@@ -200,8 +176,7 @@ def test_blocks_read_from_files_give_the_same(
 ) -> None:
     monkeypatch.setattr(searching, "RESIDENT_FRACTION", 0.0)
     prune(model, tmp_path / "out")
-    for name in FILES:
-        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
+    assert same_bytes(tmp_path / "out", whole, "search.json")
 
 
 def test_workers_without_ray_are_one_line(
@@ -219,8 +194,7 @@ def test_workers_without_ray_are_one_line(
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra [ray]")
 def test_workers_find_the_same(model: Path, whole: Path, tmp_path: Path) -> None:
     prune(model, tmp_path / "out", options={"workers": 2})
-    for name in FILES:
-        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
+    assert same_bytes(tmp_path / "out", whole, "search.json")
 
 
 def test_bad_requests_are_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:

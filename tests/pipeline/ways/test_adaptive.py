@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
+from elsewhere import IDS
 from safetensors.torch import load_file
+from small_runs import interrupted, same_bytes, text_beside
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import secateur
 from secateur.anatomy.resolve import resolve
 from secateur.anatomy.units import units_of
 from secateur.calibration.windows import load_windows
 from secateur.core.errors import AnatomyError, InputError, RecipeError
 from secateur.pipeline.ways import adaptive
-from secateur.report.model import Report
 from secateur.structure.adapt_pruner import AdaptPruner
 from secateur.structure.llm_pruner import LlmPruner
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
 STEP = {"step": 0.1, "amplitude": 0.05}
-
-
-def prune(model: Path, out: Path, **settings: Any) -> Report:
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    calibration = {"source": str(path), "samples": 6, "length": 24}
-    settings = {"method": "adapt-pruner", "sparsity": 0.3, "options": STEP, **settings}
-    return secateur.prune(
-        model, out, calibration=calibration, evaluation_windows=2, measure_speed=False, **settings
-    )
+prune = partial(small_runs.prune, method="adapt-pruner", sparsity=0.3, options=STEP)
 
 
 def history_of(out: Path) -> list[dict[str, Any]]:
@@ -146,25 +138,14 @@ def test_killed_after_any_step_it_ends_in_the_same_bytes(
     assert steps >= 3
     taken = adaptive._step
     for left in (1, steps - 1):
-        with monkeypatch.context() as patch:
-            counter = iter([None] * left)
-
-            def step(*arguments: Any) -> Any:
-                if next(counter, 0) == 0:  # noqa: B023
-                    raise KeyboardInterrupt
-                return taken(*arguments)
-
-            patch.setattr(adaptive, "_step", step)
-            with pytest.raises(KeyboardInterrupt):
-                prune(model, tmp_path / f"out-{left}", options=options)
+        with interrupted(left, adaptive, "_step"):
+            prune(model, tmp_path / f"out-{left}", options=options)
         with monkeypatch.context() as patch:
             calls: list[int] = []
             patch.setattr(adaptive, "_step", lambda *a: calls.append(1) or taken(*a))  # noqa: B023
             prune(model, tmp_path / f"out-{left}", options=options, resume=True)
             assert len(calls) == steps - left
-        for name in ("model.safetensors", "config.json", "history.json", "steps.safetensors"):
-            found = (tmp_path / f"out-{left}" / name).read_bytes()
-            assert found == (tmp_path / "whole" / name).read_bytes(), name
+        assert same_bytes(tmp_path / f"out-{left}", tmp_path / "whole", "history.json", "steps.safetensors")
 
 
 def test_what_is_gone_has_no_say_in_later_steps(model: Path, tmp_path: Path) -> None:
@@ -180,15 +161,15 @@ def test_what_is_gone_has_no_say_in_later_steps(model: Path, tmp_path: Path) -> 
                 gone = ((steps > 0) & (steps < len(rows))).nonzero().flatten()
                 view = units.writer.view(dict(dense.get_submodule(block.prefix).state_dict()))
                 view[:, units.columns(gone)] = 0
-        ids = windows_of(model, tmp_path)
+        ids = windows_of(model)
         loss = float(dense(ids, labels=ids, use_cache=False).loss)
     assert rows[-1]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def windows_of(model: Path, tmp_path: Path) -> torch.Tensor:
+def windows_of(model: Path) -> torch.Tensor:
     """The calibration windows of `prune`."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return load_windows(str(tmp_path / "text.txt"), tokenizer=tokenizer, samples=6, length=24).ids
+    return load_windows(text_beside(model), tokenizer=tokenizer, samples=6, length=24).ids
 
 
 def test_protected_blocks_stay_as_they_are(model: Path, tmp_path: Path) -> None:
@@ -228,13 +209,12 @@ def test_dead_units_go_first_and_nothing_changes(tmp_path: Path) -> None:
     dense.save_pretrained(model)
     share = 24 * 3 * 64 / _sizes(model)[0]
     plain = {"protect_first": 0, "protect_last": 0, "targets": "ffn"}
-    ids = torch.arange(1, 25).view(2, 12)
     for order in ("first", "second", "mixed", "vector"):
         out = tmp_path / order
         prune(model, out, method="llm-pruner", sparsity=share, options={**plain, "order": order})
         loaded = AutoModelForCausalLM.from_pretrained(out).eval()
         assert loaded.config.intermediate_size == 72
-        torch.testing.assert_close(loaded(ids).logits, dense.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loaded(IDS).logits, dense.eval()(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_saved_taylor_scores_plan_other_ratios(model: Path, tmp_path: Path) -> None:
@@ -243,8 +223,7 @@ def test_saved_taylor_scores_plan_other_ratios(model: Path, tmp_path: Path) -> N
     changed = {"order": "second", "spread": "global"}
     prune(model, tmp_path / "again", method="llm-pruner", options=changed, scores=scores)
     prune(model, tmp_path / "fresh", method="llm-pruner", options=changed)
-    for name in ("model.safetensors", "config.json", "scores.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    assert same_bytes(tmp_path / "again", tmp_path / "fresh", "scores.safetensors")
     with pytest.raises(InputError, match=r"no 0\.|scores of options"):
         prune(
             model,

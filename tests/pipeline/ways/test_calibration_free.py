@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import IDS
 from safetensors.torch import load_file
+from small_runs import interrupted, same_bytes, text_beside
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -19,13 +21,10 @@ from secateur.cli.app import run
 from secateur.core.errors import CalibrationError, InputError
 from secateur.pipeline.opened import open_model
 from secateur.pipeline.plans.draft import groups_of
-from secateur.pipeline.state import Run
 from secateur.pipeline.ways.unit_weights import UnitWeights
 from secateur.report.model import Report
 from secateur.structure.prunenet import PruneNet
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-IDS = torch.arange(1, 25).view(2, 12)
 NOWHERE = {"source": "nowhere.txt", "samples": 6, "length": 24}
 QUICK = {"episodes": 2, "samples": 2}
 
@@ -33,13 +32,6 @@ QUICK = {"episodes": 2, "samples": 2}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("free") / "model", num_hidden_layers=3)
-
-
-@pytest.fixture(scope="module")
-def text(model: Path) -> str:
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
 
 
 def prune(model: Path, out: Path, **settings: Any) -> Report:
@@ -87,14 +79,14 @@ def test_what_observes_or_judges_asks_for_text(
     assert not (tmp_path / "out").exists()
 
 
-def test_text_of_its_own_judges_without_calibration(model: Path, text: str, tmp_path: Path) -> None:
-    report = prune(model, tmp_path / "out", text=text, evaluation_windows=2)
+def test_text_of_its_own_judges_without_calibration(model: Path, tmp_path: Path) -> None:
+    report = prune(model, tmp_path / "out", text=text_beside(model), evaluation_windows=2)
     assert report.perplexity_after is not None
     assert report.calibration is None
 
 
-def test_all_methods_are_judged_on_the_same_windows(model: Path, text: str, tmp_path: Path) -> None:
-    calibration = {**NOWHERE, "source": text}
+def test_all_methods_are_judged_on_the_same_windows(model: Path, tmp_path: Path) -> None:
+    calibration = {**NOWHERE, "source": text_beside(model)}
     found = [
         prune(model, tmp_path / method, method=method, calibration=calibration, evaluation_windows=2)
         for method in ("random-structure", "wanda-structure")
@@ -159,22 +151,12 @@ def test_an_interrupted_run_learns_once_and_ends_in_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prune(model, tmp_path / "whole")
+    with interrupted(after=1):
+        prune(model, tmp_path / "out")
     with monkeypatch.context() as patch:
-        keep = Run.keep
-
-        def stop(self: Run, index: int, *rest: Any) -> None:
-            if index == 1:
-                raise KeyboardInterrupt
-            keep(self, index, *rest)
-
-        patch.setattr(Run, "keep", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prune(model, tmp_path / "out")
         patch.setattr(PruneNet, "prepare", lambda *_: pytest.fail("learned again"))
-        patch.setattr(Run, "keep", keep)
         prune(model, tmp_path / "out", resume=True)
-    for name in ("model.safetensors", "config.json", "scores.safetensors", "policy.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same_bytes(tmp_path / "out", tmp_path / "whole", "scores.safetensors", "policy.safetensors")
     with (tmp_path / "whole" / "policy.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     assert json.loads(header["__metadata__"]["options"])["episodes"] == 2

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
+from elsewhere import IDS
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
-import secateur
 from secateur.core.errors import RecipeError
-from secateur.report.model import Report
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-IDS = torch.arange(1, 25).view(2, 12)
-
-
-def prune(model: Path, out: Path, **settings: Any) -> Report:
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    calibration = {"source": str(path), "samples": 6, "length": 24}
-    settings = {"evaluation_windows": 2, "measure_speed": False, "method": "shortgpt", **settings}
-    return secateur.prune(model, out, calibration=calibration, **settings)
+prune = partial(small_runs.prune, method="shortgpt")
 
 
 def without_blocks(model: Path, gone: set[int]) -> Any:

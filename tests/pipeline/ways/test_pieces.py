@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
+from elsewhere import IDS, loaded_elsewhere
+from small_runs import interrupted, same_bytes, text_beside
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -27,27 +28,7 @@ from secateur.pipeline.ways.variants import Variants
 from secateur.report.model import Report
 from secateur.structure.base import Piece
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-IDS = torch.arange(1, 25).view(2, 12)
-LOAD = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
-assert "secateur" not in sys.modules
-ids = torch.arange(1, 25).view(2, 12)
-torch.save(model(ids).logits, sys.argv[2])
-options = dict(max_new_tokens=9, do_sample=False, attention_mask=torch.ones_like(ids))
-same = [model.generate(ids, use_cache=cache, **options) for cache in (True, False)]
-assert torch.equal(*same)
-"""
-
-
-def prune(model: Path, out: Path, **settings: Any) -> Report:
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    calibration = {"source": str(path), "samples": 6, "length": 24, "batch_size": 2}
-    settings = {"evaluation_windows": 2, "measure_speed": False, "method": "blockpruner", **settings}
-    return secateur.prune(model, out, calibration=calibration, **settings)
+prune = partial(small_runs.prune, method="blockpruner", calibration={"batch_size": 2})
 
 
 def dense_of(model: Path) -> Any:
@@ -70,9 +51,8 @@ def windows_of(model: Path) -> Windows:
 
     from secateur.calibration.windows import load_windows
 
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return load_windows(str(path), tokenizer=AutoTokenizer.from_pretrained(model), samples=6, length=24)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return load_windows(text_beside(model), tokenizer=tokenizer, samples=6, length=24)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
@@ -89,11 +69,7 @@ def test_the_result_is_the_silenced_model(family: str, tmp_path: Path) -> None:
 def test_the_result_loads_in_a_fresh_process_without_secateur(tmp_path: Path) -> None:
     model, out = save_tiny("llama", tmp_path / "model", num_hidden_layers=4), tmp_path / "out"
     prune(model, out, sparsity=0.4)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    saved = tmp_path / "logits.pt"
-    command = [sys.executable, "-c", LOAD, str(out), str(saved)]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
-    assert torch.equal(torch.load(saved), dense_of(out)(IDS).logits)
+    assert torch.equal(loaded_elsewhere(out, "remote").logits, dense_of(out)(IDS).logits)
 
 
 def test_one_removal_is_an_exhaustive_search(tmp_path: Path) -> None:
@@ -183,8 +159,7 @@ def test_orders_are_nested_and_plan_other_sparsities(tmp_path: Path) -> None:
     assert orders[0] == orders[1][: len(orders[0])]
     scores = str(tmp_path / "more" / "scores.safetensors")
     prune(model, tmp_path / "again", sparsity=0.25, scores=scores)
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "less" / name).read_bytes()
+    assert same_bytes(tmp_path / "again", tmp_path / "less")
     with pytest.raises(InputError, match="do not reach"):
         prune(model, tmp_path / "out", sparsity=0.8, scores=scores)
     with pytest.raises(InputError, match="scores of options"):
@@ -194,31 +169,16 @@ def test_orders_are_nested_and_plan_other_sparsities(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"shortlist": 3}])
 def test_a_search_that_was_interrupted_ends_in_the_same_bytes(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=4)
     prune(model, tmp_path / "whole", sparsity=0.5, options=options)
-    asked: list[int] = []
-    losses = Variants.losses
-
-    def counted(self: Variants, *arguments: Any) -> list[float]:
-        asked.append(1)
-        return losses(self, *arguments)
-
-    def stop(*arguments: Any) -> list[float]:
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        return counted(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Variants, "losses", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prune(model, tmp_path / "out", sparsity=0.5, options=options)
+    with interrupted(4, Variants, "losses"):
+        prune(model, tmp_path / "out", sparsity=0.5, options=options)
     before = len(json.loads((tmp_path / "out" / ".secateur" / "scratch" / "order.json").read_text()))
     assert before >= 2
     prune(model, tmp_path / "out", resume=True, sparsity=0.5, options=options)
-    for name in ("model.safetensors", "config.json", "scores.safetensors", "order.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same_bytes(tmp_path / "out", tmp_path / "whole", "scores.safetensors", "order.json")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+import small_runs
 import torch
+from elsewhere import IDS, How, loaded_elsewhere
+from small_runs import interrupted, same_bytes
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.core.errors import AnatomyError, RecipeError
-from secateur.pipeline.state import Run
-from secateur.report.model import Report
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-IDS = torch.arange(1, 25).view(2, 12)
-
-
-def prune(model: Path, out: Path, **settings: Any) -> Report:
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    calibration = {"source": str(path), "samples": 6, "length": 24}
-    settings = {"sparsity": 0.25, "evaluation_windows": 2, "measure_speed": False, **settings}
-    return secateur.prune(model, out, calibration=calibration, **{"method": "slicegpt", **settings})
+prune = partial(small_runs.prune, method="slicegpt", sparsity=0.25)
 
 
 @pytest.mark.parametrize(("slice_head", "orientation"), [(False, "random"), (True, "pca")])
@@ -52,56 +42,25 @@ def test_a_stream_that_fills_half_of_its_directions_is_sliced_for_nothing(
     assert report.kl_divergence == pytest.approx(0, abs=1e-6)
 
 
-LOAD = """
-import sys, torch
-if sys.argv[2] == "import":
-    import secateur
-from transformers import AutoModelForCausalLM
-trust = sys.argv[2] == "remote"
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=trust, dtype=torch.float32).eval()
-assert ("secateur" in sys.modules) == (not trust)
-ids = torch.arange(1, 25).view(2, 12)
-torch.save(model(ids).logits, sys.argv[3])
-options = dict(max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))
-same = [model.generate(ids, use_cache=cache, **options) for cache in (True, False)]
-assert torch.equal(*same)
-loss = model(ids, labels=ids).loss
-loss.backward()
-assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-"""
-
-
 @pytest.mark.parametrize("how", ["import", "remote"])
-def test_it_loads_generates_and_learns_in_a_fresh_process(how: str, tmp_path: Path) -> None:
+def test_it_loads_generates_and_learns_in_a_fresh_process(how: How, tmp_path: Path) -> None:
     model, out = save_tiny("qwen3", tmp_path / "model"), tmp_path / "out"
     report = prune(model, out, options={"round_to": 1})
     here = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     assert report.parameters_after == sum(p.numel() for p in here.parameters())
     assert here.lm_head.weight is not here.model.embed_tokens.weight
-    saved = tmp_path / "logits.pt"
-    subprocess.run([sys.executable, "-c", LOAD, str(out), how, str(saved)], check=True, cwd=tmp_path)
-    assert torch.equal(torch.load(saved), here(IDS).logits)
+    assert torch.equal(loaded_elsewhere(out, how).logits, here(IDS).logits)
 
 
-def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=3, dtype=torch.bfloat16)
     settings = {"options": {"round_to": 1}}
     prune(model, tmp_path / "whole", **settings)
-    for stop_at in (1, 2):
-        with monkeypatch.context() as patch:
-            keep = Run.keep
-
-            def stop(self: Run, index: int, *rest: Any, last: int = stop_at, keep: Any = keep) -> None:
-                if index == last:
-                    raise KeyboardInterrupt
-                keep(self, index, *rest)
-
-            patch.setattr(Run, "keep", stop)
-            with pytest.raises(KeyboardInterrupt):
-                prune(model, tmp_path / "out", resume=stop_at > 1, **settings)
+    for resume in (False, True):
+        with interrupted(after=1):
+            prune(model, tmp_path / "out", resume=resume, **settings)
     prune(model, tmp_path / "out", resume=True, **settings)
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same_bytes(tmp_path / "out", tmp_path / "whole")
 
 
 def test_a_sliced_model_is_inspected_and_pruned_on_and_never_shuffled(tmp_path: Path) -> None:

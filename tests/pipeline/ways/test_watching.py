@@ -6,24 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 from safetensors.torch import load_file
+from small_runs import TEXT
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.core.errors import InputError
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
 SAMPLES, LENGTH = 3, 16
 
 
 def prune(model: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    secateur.prune(
-        model, out, method="cfsp", sparsity=0.2, options=options, measure_speed=False, evaluation_windows=0,
-        calibration={"source": str(path), "samples": SAMPLES, "length": LENGTH},
+    small_runs.prune(
+        model, out, method="cfsp", sparsity=0.2, options=options, evaluation_windows=0,
+        calibration={"samples": SAMPLES, "length": LENGTH},
     )  # fmt: skip
     return load_file(out / "scores.safetensors")
 

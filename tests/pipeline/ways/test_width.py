@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+import small_runs
 import torch
+from elsewhere import IDS, loaded_elsewhere
 from safetensors.torch import load_file
+from small_runs import interrupted, same_bytes
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
-import secateur
 from secateur.anatomy.resolve import resolve
 from secateur.anatomy.units import units_of
 from secateur.core.errors import AnatomyError, RecipeError
-from secateur.pipeline.state import Run
-from secateur.report.model import Report
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
-IDS = torch.arange(1, 25).view(2, 12)
-
-
-def prune(model: Path, out: Path, **settings: Any) -> Report:
-    path = model.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    calibration = {"source": str(path), "samples": 6, "length": 24}
-    settings = {"sparsity": 0.25, "evaluation_windows": 2, "measure_speed": False, **settings}
-    return secateur.prune(model, out, method="minitron", calibration=calibration, **settings)
+prune = partial(small_runs.prune, method="minitron", sparsity=0.25)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
@@ -92,42 +81,20 @@ def test_what_stands_outside_the_blocks_shrinks_along(family: str, tmp_path: Pat
     assert "secateur" not in (tmp_path / "out" / "config.json").read_text()
 
 
-LOAD = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-assert "secateur" not in sys.modules
-torch.save(model(torch.arange(1, 25).view(2, 12)).logits, sys.argv[2])
-"""
-
-
 def test_it_loads_where_secateur_is_not(tmp_path: Path) -> None:
     model, out = save_tiny("llama", tmp_path / "model"), tmp_path / "out"
     prune(model, out)
     here = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    saved = tmp_path / "logits.pt"
-    subprocess.run([sys.executable, "-c", LOAD, str(out), str(saved)], check=True, cwd=tmp_path)
-    assert torch.equal(torch.load(saved), here(IDS).logits)
+    assert torch.equal(loaded_elsewhere(out).logits, here(IDS).logits)
 
 
-def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=3, dtype=torch.bfloat16)
     prune(model, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        keep, written = Run.keep, []
-
-        def stop(self: Run, index: int, *rest: Any) -> None:
-            if len(written) == 2:
-                raise KeyboardInterrupt
-            written.append(index)
-            keep(self, index, *rest)
-
-        patch.setattr(Run, "keep", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prune(model, tmp_path / "out")
+    with interrupted(after=2):
+        prune(model, tmp_path / "out")
     prune(model, tmp_path / "out", resume=True)
-    for name in ("model.safetensors", "config.json", "scores.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same_bytes(tmp_path / "out", tmp_path / "whole", "scores.safetensors")
 
 
 def test_a_search_takes_the_widths_under_which_the_text_is_likeliest(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from secateur.calibration.source import BlockSource
 from secateur.calibration.windows import Windows
 from secateur.core.evolution import Levels
 from secateur.core.progress import SILENT
-from secateur.evaluation.quality import logit_rows, only_rows, predicting, predictions, propagate
+from secateur.evaluation.quality import logit_rows, only_rows, predicted_tokens, predictions, propagate
 from secateur.pipeline.search.supernet import Supernet, Versions
 
 __all__ = ["Judge", "Judging", "Reference"]
@@ -59,7 +59,7 @@ class Reference:
     @classmethod
     def of_text(cls, windows: Windows) -> Reference:
         """For perplexity: the text itself."""
-        counted = predicting(windows).flatten().cumsum(0) - 1
+        counted = windows.predicting.flatten().cumsum(0) - 1
         return cls(windows, counted.view(windows.ids.shape))
 
     @classmethod
@@ -130,11 +130,11 @@ class Judge:
                 batches = [self._batch(reference, part) for part in walk]
                 for some in self._at_once(list(sums), batches):
                     self._walk(some, reference, batches, sums)
-        counted = int(predicting(_chosen(reference.windows, torch.tensor(rows))).sum())
+        counted = predicted_tokens(reference.windows.chosen(list(rows)))
         return [sums[levels] / max(counted, 1) for levels in candidates]
 
     def _batch(self, reference: Reference, rows: Tensor) -> Batch:
-        windows = _chosen(reference.windows, rows)
+        windows = reference.windows.chosen(rows.tolist())
         return Batch(windows, rows, self._forward.capture(windows))
 
     def _at_once(self, candidates: list[Levels], batches: Sequence[Batch]) -> Iterator[list[Levels]]:
@@ -206,7 +206,7 @@ class Judge:
 
     def _loss(self, reference: Reference, batch: Batch, hidden: Tensor) -> float:
         """Sum over the positions that predict."""
-        flat = predicting(batch.windows).flatten().nonzero()[:, 0]
+        flat = batch.windows.predicting.flatten().nonzero()[:, 0]
         targets = batch.windows.ids.flatten()[flat + 1]
         places = reference.place[batch.rows].flatten()[flat]
         total = 0.0
@@ -217,8 +217,3 @@ class Judge:
             losses = reference.losses(logits, following.to(logits.device), numbers)
             total += float(losses.double().sum())
         return total
-
-
-def _chosen(windows: Windows, rows: Tensor) -> Windows:
-    mask = None if windows.mask is None else windows.mask[rows]
-    return Windows(windows.ids[rows], mask, windows.source, windows.sha256)
