@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import loaded_elsewhere
 from safetensors.torch import load_file
+from small_runs import interrupted, prune, same_bytes, text_beside
 from tiny_models import save_tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import secateur
-from elsewhere import loaded_elsewhere
 from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.resolve import resolve
 from secateur.cli.app import run
 from secateur.core.errors import InputError, RecipeError
-from small_runs import interrupted, prune, same_bytes, text_beside
 
 FAMILIES = {
     "mixtral": {},
