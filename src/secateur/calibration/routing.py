@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.anatomy.mixture import Mixture
+from secateur.anatomy.mixture import Mixture, mixture_of
 from secateur.anatomy.model import Block
 from secateur.calibration.activations import Batch
 from secateur.calibration.distributed import Group
@@ -19,7 +19,9 @@ from secateur.calibration.probes import SeenError, real_tokens
 from secateur.core.numerics import exact_products
 from secateur.core.statistics import RoutingStatistics, Statistic
 
-__all__ = ["RoutingProbe"]
+__all__ = ["RoutingProbe", "counting_visits"]
+
+Watch = Callable[[Batch, Tensor, Tensor], None]
 
 SMALLEST = 1e-6
 """Below it, shares of a token say nothing about how its scores were made."""
@@ -167,6 +169,33 @@ class RoutingProbe:
 
     def _real(self, tensor: Tensor) -> Tensor:
         return real_tokens(self._batch, self._block, tensor)
+
+
+@contextmanager
+def counting_visits(block: Block, module: nn.Module) -> Iterator[tuple[Watch, Tensor] | None]:
+    """While open, count the tokens that visit each expert of a block; `None` where it has none.
+
+    Yields:
+        What must be told of every batch after the block has run on it, and the counts so far, (n,) int64.
+    """
+    mixture = mixture_of(block)
+    if mixture is None:
+        yield None
+        return
+    counts, seen = torch.zeros(mixture.count, dtype=torch.int64), list[Tensor]()
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(next(tensor for tensor in _tensors(args, kwargs)[1:] if not tensor.is_floating_point()))
+
+    def watch(batch: Batch, given: Tensor, output: Tensor) -> None:
+        routes = real_tokens(batch, block, seen.pop())
+        counts.add_(torch.bincount(routes.flatten(), minlength=len(counts)).cpu())
+
+    hook = module.get_submodule(mixture.module).register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        yield watch, counts
+    finally:
+        hook.remove()
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -6,9 +6,9 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.activations import Activations, Batch
 from secateur.calibration.driver import Driver
+from secateur.calibration.routing import counting_visits
 from secateur.calibration.source import BlockSource
 from secateur.calibration.windows import Windows
 from secateur.core.errors import CalibrationError, CheckpointError, InputError
@@ -57,6 +58,7 @@ class Quality:
         tokens: predicted tokens: all real ones that follow a real one in the same window.
         perplexity_error: standard error of `perplexity` over the windows; `None` for one window.
         kl_error: standard error of `kl_divergence` over the windows; `None` for one window.
+        visits: by block with routed experts, the tokens that visited each.
     """
 
     perplexity: float
@@ -65,6 +67,7 @@ class Quality:
     tokens: int
     perplexity_error: float | None = None
     kl_error: float | None = None
+    visits: Mapping[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,20 +183,30 @@ def compare_quality(
     sizes = [source.config.get_text_config().vocab_size for source in (dense, pruned)]
     if sizes[0] != sizes[1]:
         raise InputError(f"vocabularies of {sizes[0]} and {sizes[1]} tokens", "two models with the same one")
-    drivers = [propagate(source, windows, batch_size, progress) for source in (dense, pruned)]
+    visits: tuple[dict[int, list[int]], ...] = ({}, {})
+    drivers = [
+        propagate(source, windows, batch_size, progress, counted)
+        for source, counted in zip((dense, pruned), visits, strict=True)
+    ]
     at_once = min(map(logit_rows, (dense, pruned)))
     pairs = zip(*(predictions(driver, at_once) for driver in drivers), strict=True)
     compared = [_compare(logits, other, targets) for (logits, targets), (other, _) in pairs]
     before, after, divergence, agreement = (torch.cat(column).cpu() for column in zip(*compared, strict=True))
     owners = _owners(windows)
     return (
-        _quality(before, torch.zeros_like(divergence), torch.ones_like(agreement), owners),
-        _quality(after, divergence, agreement, owners),
+        _quality(before, torch.zeros_like(divergence), torch.ones_like(agreement), owners, visits[0]),
+        _quality(after, divergence, agreement, owners, visits[1]),
     )
 
 
-def propagate(source: BlockSource, windows: Windows, batch_size: int | None, progress: Progress) -> Driver:
-    """A driver that holds the final hidden states."""
+def propagate(
+    source: BlockSource,
+    windows: Windows,
+    batch_size: int | None,
+    progress: Progress,
+    visits: dict[int, list[int]] | None = None,
+) -> Driver:
+    """A driver that holds the final hidden states; `visits` is filled as in `Quality`."""
     if not predicted_tokens(windows):
         raise CalibrationError(
             f"windows of {windows.source} without two real tokens in a row", "a token to predict"
@@ -201,7 +214,10 @@ def propagate(source: BlockSource, windows: Windows, batch_size: int | None, pro
     driver = Driver(source, windows, batch_size=batch_size, progress=progress)
     blocks = track(progress, "evaluating", driver.blocks(), len(source.anatomy.blocks))
     for block in blocks:
-        block.finish()
+        with counting_visits(block.block, block.module) as counting:
+            block.finish(counting[0] if counting else None)
+        if counting and visits is not None:
+            visits[block.index] = counting[1].tolist()
     return driver
 
 
@@ -273,7 +289,9 @@ def _normalise(logits: Tensor, targets: Tensor) -> Tensor:
     return -logits.gather(-1, targets[:, None])[:, 0]
 
 
-def _quality(losses: Tensor, divergence: Tensor, agreement: Tensor, owners: Tensor) -> Quality:
+def _quality(
+    losses: Tensor, divergence: Tensor, agreement: Tensor, owners: Tensor, visits: Mapping[int, list[int]]
+) -> Quality:
     loss, loss_error = _mean_and_error(losses, owners)
     kl, kl_error = _mean_and_error(divergence, owners)
     found = _exp(loss)
@@ -286,6 +304,7 @@ def _quality(losses: Tensor, divergence: Tensor, agreement: Tensor, owners: Tens
         tokens=len(losses),
         perplexity_error=None if loss_error is None else found * loss_error,
         kl_error=kl_error,
+        visits=visits,
     )
 
 

@@ -24,7 +24,7 @@ from secateur.pipeline.state import Outcome
 from secateur.pipeline.verify import Verdict
 from secateur.recipe import Recipe
 from secateur.report.effect import effect
-from secateur.report.model import Calibration, Machine, Protocol, Report, Structure
+from secateur.report.model import Calibration, Machine, Protocol, Report, Structure, Visits
 
 __all__ = ["Sizes", "build_report", "digest", "running_costs", "structure_facts", "versions"]
 
@@ -112,6 +112,7 @@ def build_report(
         **vars(sizes),
         **measured,
         protocol=Protocol(**verdict.protocol) if verdict.protocol else None,
+        expert_visits=Visits(**verdict.visits) if verdict.visits else None,
         calibration=_calibration(calibration) if calibration else None,
         seed=recipe.seed,
         versions=versions(),

@@ -28,11 +28,13 @@ QUALITY_KEYS = ("perplexity_before", "perplexity_after", "kl_divergence", "top1_
 
 @dataclass
 class Verdict:
-    """Values for the report, and a reason for each that was not measured."""
+    """Values for the report, and a reason for each that was not measured; `visits` of the experts of the
+    dense and of the pruned model, where they have any."""
 
     values: dict[str, Any] = field(default_factory=dict)
     not_measured: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] | None = None
+    visits: dict[str, Any] | None = None
 
 
 def verify(
@@ -81,6 +83,8 @@ def _quality(
         "kl_divergence": after.kl_divergence,
         "top1_agreement": after.top1_agreement,
     }
+    if before.visits:
+        verdict.visits = {"before": before.visits, "after": after.visits}
     verdict.protocol = {**protocol_of(data.evaluation, dtype, models[0].folder), "split": data.held_out}
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "Stage",
     "Structure",
     "Uniform",
+    "Visits",
 ]
 
 FILE_NAME = "report.json"
@@ -83,6 +84,13 @@ class Protocol(_Part):
     windows: int | None = None
     dtype: str
     tokenizer_sha256: str
+
+
+class Visits(_Part):
+    """By block with routed experts, the tokens of the evaluation text that visited each of them."""
+
+    before: dict[int, list[Count]]
+    after: dict[int, list[Count]]
 
 
 class Calibration(_Part):
@@ -263,6 +271,7 @@ class Report(_Part):
     peak_memory_bytes: Count | None = None
     seconds: float | None = None
     protocol: Protocol | None = None
+    expert_visits: Visits | None = None
     calibration: Calibration | None = None
     seed: int
     versions: dict[str, str]

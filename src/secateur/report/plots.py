@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from secateur.report.layers import Stack, where
 from secateur.report.markup import Markup, element, join
@@ -15,13 +15,13 @@ __all__ = ["pictures"]
 
 
 def pictures(report: Report) -> Markup:
-    """Up to three figures, and a line with the reason for each that could not be drawn."""
+    """Up to four figures, and a line with the reason for each that could not be drawn."""
     stack = Stack(report.layers)
     quality = _quality(report)
     if report.recovery:
         figures = [quality, _training(report.recovery)]
         return element("div", figures, class_="figures")
-    figures = [quality, _sparsity(stack, wide=quality is None), _loss(report, stack)]
+    figures = [quality, _sparsity(stack, wide=quality is None), _load(report), _loss(report, stack)]
     reasons = [element("p", absent(prose(f"Not drawn: {words}."))) for words in _missing(report)]
     return join([element("div", figures, class_="figures"), reasons])
 
@@ -98,6 +98,39 @@ def _sparsity(stack: Stack, *, wide: bool) -> Markup | None:
     numbers = stack.numbers({"Asked for": {**wanted}}, lambda layer: layer.sparsity, percent)
     x = axis("block", stack.blocks, whole=True)
     return figure("Sparsity of each layer", _extremes(stack), x, y, series, numbers, wide=wide)
+
+
+def _load(report: Report) -> Markup | None:
+    """How evenly the experts of a block are visited, before and after."""
+    if report.expert_visits is None:
+        return None
+    series = [
+        Series(f"{name}: mean, lowest and highest block", _ranked(visits), 2 * index, index, line=False)
+        for index, (name, visits) in enumerate(
+            (("before", report.expert_visits.before), ("after", report.expert_visits.after))
+        )
+    ]
+    points = [point for one in series for point in one.points]
+    caption = (
+        "Share of the visits that the experts of a block get, the most visited first, on the evaluation "
+        f"text: {series[0].points[0].title} before, {series[1].points[0].title} after."
+    )
+    x = axis("expert, by visits", [point.x for point in points], whole=True)
+    reach = [end for point in points for end in point.span or ()]
+    y = axis("Share of visits", reach, show=percent_tick, include=(0,))
+    return figure("Load of the experts", caption, x, y, series)
+
+
+def _ranked(visits: Mapping[int, Sequence[int]]) -> tuple[Point, ...]:
+    """A point a rank, with its range over the blocks that have so many experts."""
+    shares = [sorted((n / max(sum(own), 1) for n in own), reverse=True) for own in visits.values()]
+    found = []
+    for rank in range(max(map(len, shares))):
+        each = [own[rank] for own in shares if rank < len(own)]
+        mean = sum(each) / len(each)
+        title = f"rank {rank + 1}: {percent(mean)}"
+        found.append(Point(rank + 1, mean, title, span=(min(each), max(each))))
+    return tuple(found)
 
 
 def _reached(block: int, mean: float, group: list[Layer]) -> Point:

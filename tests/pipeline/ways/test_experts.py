@@ -165,6 +165,24 @@ def test_experts_that_nothing_visited_are_told_and_go_first(tmp_path: Path) -> N
     torch.testing.assert_close(loaded(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_visits_on_the_evaluation_text_are_counted_and_drawn(tmp_path: Path) -> None:
+    model, out = save_tiny("qwen3_moe", tmp_path / "model"), tmp_path / "out"
+    report = prune(model, out, method="reap", sparsity=0.25, calibration={"samples": 2})
+    visits = report.expert_visits
+    assert visits is not None
+    tokens, top_k = 2 * 24, 2
+    assert {len(own) for own in visits.before.values()} == {4}
+    assert {len(own) for own in visits.after.values()} == {3}
+    for own in (*visits.before.values(), *visits.after.values()):
+        assert sum(own) == tokens * top_k
+    assert "Load of the experts" in (out / "report.html").read_text(encoding="utf-8")
+    alone = prune(
+        save_tiny("llama", tmp_path / "dense"), tmp_path / "plain", method="magnitude", sparsity=0.5
+    )
+    assert alone.expert_visits is None
+    assert "Load of the experts" not in (tmp_path / "plain" / "report.html").read_text(encoding="utf-8")
+
+
 def test_what_a_plan_promises_is_what_comes_out(tmp_path: Path) -> None:
     model = save_tiny("qwen2_moe", tmp_path / "model")
     plan = secateur.plan(model, method="random-experts", sparsity=0.25)
