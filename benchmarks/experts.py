@@ -2,8 +2,9 @@
 
     python benchmarks/experts.py MODEL --calibration TRAIN.txt --test TEST.txt --out experts.md
 
-First table: perplexity of every method at each share, mean and range over the seeds where it depends on them. Second: experts first and weights then, against weights alone, at
-equal total sparsity of the prunable parameters, by one method for weights.
+First table: perplexity of every method at each share, with the range over seeds of what is drawn at random.
+Second (`--stun wanda`): experts first and weights then, against weights alone, at equal total sparsity of the
+prunable parameters, by one method for weights.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def cell(values: list[float]) -> str:
 
 
 def seeds(bench: Bench, method: str) -> range:
-    """A method that draws nothing is the same for every seed: the windows are those at the start of the text."""
+    """A method that draws nothing is the same for every seed: calibration is the start of the text."""
     return range(bench.arguments.seeds if method.startswith("random") else 1)
 
 

@@ -69,6 +69,7 @@ def test_a_missing_value_brings_its_reason() -> None:
         ({"sparsity_requested": 0.6}, "50.0% (60.0% was asked for)"),
         ({"pattern": "2:4"}, "in a 2:4 pattern"),
         ({"parameters_after": 100}, "as whole units"),
+        ({"parameters_after": 100, "pattern": "experts"}, "of the routed experts"),
     ],
 )
 def test_the_sentence_says_it(changes: dict[str, object], words: str) -> None:

@@ -33,7 +33,13 @@ def effect(
     if sparsity == 0:
         return "Nothing was removed: size and speed are those of the dense model."
     sizes = _sizes(bytes_before, bytes_after)  # of a chain: an earlier stage may have made the file smaller
-    if removes != "single weights":
+    if removes == "routed experts":
+        sentences = [
+            f"{percent(sparsity)} of the routed experts are gone, and so are their bytes on disk and in "
+            f"memory{sizes}.",
+            "A token visits as many as before, so it takes about as long.",
+        ]
+    elif removes != "single weights":
         sentences = _structured(removes, sparsity, sizes)
     elif storage != "dense":
         sentences = [

@@ -112,8 +112,8 @@ def _load(report: Report) -> Markup | None:
     ]
     points = [point for one in series for point in one.points]
     caption = (
-        "Share of the visits that the experts of a block get, the most visited first, on the evaluation "
-        f"text: {series[0].points[0].title} before, {series[1].points[0].title} after."
+        "Share of the visits that the experts of a block get on the evaluation text, the most visited first: "
+        f"that one gets {percent(series[0].points[0].y)} before and {percent(series[1].points[0].y)} after."
     )
     x = axis("expert, by visits", [point.x for point in points], whole=True)
     reach = [end for point in points for end in point.span or ()]

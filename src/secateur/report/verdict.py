@@ -138,6 +138,8 @@ def _deed(report: Report) -> str:
     what = "prunable weights"
     if report.parameters_after < report.parameters_before:
         how, what = "as whole units", "parameters in blocks"
+    if report.pattern == "experts":
+        how, what = "whole", "routed experts"
     asked = ""
     if abs(report.sparsity - report.sparsity_requested) > 0.005:
         asked = f" ({percent(report.sparsity_requested)} was asked for)"

@@ -160,7 +160,7 @@ def test_experts_that_nothing_visited_are_told_and_go_first(tmp_path: Path) -> N
     dense.save_pretrained(model)
     report = prune(model, out, method="frequency-experts", sparsity=0.25)
     assert any("visited experts 2 of block 0; 2 of block 1" in warning for warning in report.warnings)
-    assert [row.notes["load_kept"] for row in report.layers] == [1, 1]
+    assert [row.notes["visits_kept"] for row in report.layers] == [1, 1]
     loaded = AutoModelForCausalLM.from_pretrained(out).eval()
     torch.testing.assert_close(loaded(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
 

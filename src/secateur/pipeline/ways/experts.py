@@ -279,9 +279,7 @@ class _Writer:
         counts = self.found.get(f"{index}.experts.counts")
         notes: dict[str, float] = {}
         if counts is not None:
-            load = counts / counts.sum().clamp_min(1)
-            notes = {"load_kept": float(load[survivors.kept].sum())}
-            notes |= {f"load_{expert}": float(share) for expert, share in enumerate(load)}
+            notes["visits_kept"] = float(counts[survivors.kept].sum() / counts.sum().clamp_min(1))
         return Layer(
             block=index,
             matrix="experts",
