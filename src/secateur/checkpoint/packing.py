@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,9 +31,11 @@ __all__ = [
     "VERSION",
     "Format",
     "Packed",
+    "config_entry",
     "formats_in",
     "metadata_of",
     "refused",
+    "require_version",
 ]
 
 VERSION = 1
@@ -133,8 +136,11 @@ class Packed:
             CheckpointError, InputError: parts that were changed or cannot be of this tensor.
         """
         parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key != name}
-        expected = int(parts.pop(CHECKSUM))
-        if expected != _checksum(parts):
+        expected = parts.pop(CHECKSUM)
+        for part in FORMATS.get(format).parts:
+            if part not in parts:
+                raise refused(name, f"{name}.{part} is missing")
+        if expected.tolist() != [_checksum(parts)]:
             raise refused(name, "the bytes of its parts do not have the checksum that was stored")
         shape = tuple(stored[name].shape[:-1])
         FORMATS.get(format).check(parts, name, shape)
@@ -146,6 +152,16 @@ def refused(name: str, why: str) -> CheckpointError:
     return CheckpointError(
         f"packed tensor {name!r} is damaged: {why}", "the files as written", "copy or download them again"
     )
+
+
+def config_entry(formats: Mapping[str, str]) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint from the formats of its packed tensors by name: the most frequent
+    format, and under `formats` the tensors of another one. Shapes and dtypes are in the files."""
+    counts = Counter(formats.values())
+    usual = min(counts, key=lambda format: (-counts[format], format))
+    others = {name: format for name, format in formats.items() if format != usual}
+    entry = {"quant_method": QUANT_METHOD, "version": VERSION, "format": usual}
+    return {**entry, "formats": others} if others else entry
 
 
 def metadata_of(formats: Mapping[str, str]) -> dict[str, str]:
@@ -209,16 +225,3 @@ def _checksum(parts: Mapping[str, Tensor]) -> int:
         flat = part.detach().cpu().contiguous().view(-1)
         value = zlib.crc32(flat.view(torch.uint8).numpy(), value)
     return value
-
-
-def part_names(name: str, format: str, stored: Iterable[str]) -> list[str]:
-    """The names in the file of everything that belongs to a packed tensor, itself first.
-
-    Raises `CheckpointError` naming the tensor when a part is missing.
-    """
-    present = set(stored)
-    for part in ("", *(f".{part}" for part in (*FORMATS.get(format).parts, CHECKSUM))):
-        if name + part not in present:
-            raise refused(name, f"{name}{part} is missing")
-    own = [key for key in stored if key.startswith(f"{name}.") and "." not in key[len(name) + 1 :]]
-    return [name, *own]

@@ -2,12 +2,13 @@
 
 Parts of a tensor with R rows (all axes but the last) of C columns, z of whose elements are stored:
 
-    mask    uint8 (R, ceil(C / 8))  element (i, j) is stored when bit j % 8 (least first) of byte (i, j // 8) is set
+    mask    uint8 (R, ceil(C / 8))  (i, j) is stored when bit j % 8, the least first, of byte (i, j // 8) is set;
+                                    bits beyond column C are 0
     values  dtype (z,)              the stored elements, row after row
 
 Bits: 1 + (1 - sparsity) * 16 an element in bfloat16. What is not stored is +0.0: an element with any bit set,
-such as -0.0, is stored, so the result equals the input bit for bit. Where a row begins in `values` follows from the
-mask (`row_offsets`) and is not stored.
+such as -0.0, is stored, so the result equals the input bit for bit. Where a row begins in `values` follows
+from the mask (`row_offsets`) and is not stored.
 """
 
 from __future__ import annotations

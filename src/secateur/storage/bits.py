@@ -34,7 +34,7 @@ def not_zero(weight: Tensor) -> Tensor:
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """(r, c) bool -> (r, ceil(c / 8)) uint8; column j is bit j % 8 of byte j // 8, the rest of the last byte 0."""
+    """(r, c) bool -> (r, ceil(c / 8)) uint8; column j is bit j % 8 of byte j // 8, bits beyond are 0."""
     return torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little"))
 
 

@@ -2,9 +2,10 @@
 
 Parts of a tensor with R rows (all axes but the last) of G groups of M = C / G columns:
 
-    values   dtype (R, G, N)                 N elements of each group by ascending place; a group with fewer has zeros
-    indices  uint8 (ceil(R * G * N * b / 8),)  the place of each in its group in b = ceil(log2(M)) bits, in the order
-                                             of `values`, least bits first; the rest of the last byte is 0
+    values   dtype (R, G, N)  N elements of each group by ascending place; a group with fewer has zeros
+    indices  uint8 (ceil(R * G * N * b / 8),)
+             the place of each in its group in b = ceil(log2(M)) bits, in the order of `values`, least bits
+             first; the rest of the last byte is 0
 
 Bits an element: (N / M) * (bits of dtype + b); 2:4 in bfloat16 takes 9 of 16. For 4:8 and others with long
 places `bitmask` takes less. What is not stored is +0.0; the result equals the input bit for bit.
@@ -58,10 +59,10 @@ class GroupsOfM(Format):
             raise InputError(f"a group of {size} with {most} weights that are not zero", f"at most {keep}")
         kept = max(most if keep is None else keep, 1)
         groups = used.view(len(matrix), columns // size, size)
-        # stored ones first, then zeros, both in their order
-        places = groups.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :kept]
-        places = places.sort(dim=-1).values
-        values = matrix.view(groups.shape).gather(-1, places)
+        missing = kept - groups.sum(-1, keepdim=True, dtype=torch.uint8)
+        chosen = groups | (~groups).cumsum(-1, dtype=torch.uint8).le(missing)  # and the first zeros
+        places = torch.arange(size, dtype=torch.uint8).expand(groups.shape)[chosen]
+        values = matrix.view(groups.shape)[chosen].view(*groups.shape[:-1], kept)
         return {"values": values, "indices": _pack_places(places, _width(size))}
 
     @classmethod
@@ -70,7 +71,7 @@ class GroupsOfM(Format):
         rows, groups, _ = values.shape
         size = rows_and_columns(shape)[1] // max(groups, 1)
         places = _unpack_places(parts["indices"], values.numel(), _width(size)).view(values.shape)
-        return values.new_zeros((rows, groups, size)).scatter_(-1, places, values).view(shape)
+        return values.new_zeros((rows, groups, size)).scatter_(-1, places.long(), values).view(shape)
 
     @classmethod
     def check(cls, parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> None:
@@ -84,7 +85,7 @@ class GroupsOfM(Format):
         if kept > size or indices.dtype != torch.uint8 or tuple(indices.shape) != (width,):
             raise refused(name, f"its indices of {tuple(indices.shape)} are not those of {kept}:{size}")
         places = _unpack_places(indices, values.numel(), _width(size)).view(values.shape)
-        if bool((places >= size).any()) or bool((places.diff(dim=-1) <= 0).any()):
+        if bool((places >= size).any()) or bool((places[..., 1:] <= places[..., :-1]).any()):
             raise refused(name, f"its indices do not ascend within groups of {size}")
 
 
@@ -107,10 +108,11 @@ def _best_size(used: Tensor, bits: int) -> int:
 
 
 def _pack_places(places: Tensor, width: int) -> Tensor:
-    bits = (places.reshape(-1, 1) >> torch.arange(width)) & 1
+    bits = (places.view(-1, 1) >> torch.arange(width, dtype=torch.uint8)) & 1
     return pack_bits(bits.bool().view(1, -1)).view(-1)
 
 
 def _unpack_places(packed: Tensor, count: int, width: int) -> Tensor:
     bits = unpack_bits(packed.view(1, -1), count * width).view(count, width)
-    return (bits.long() << torch.arange(width, device=packed.device)).sum(-1)
+    powers = torch.arange(width, dtype=torch.uint8, device=packed.device)
+    return (bits.to(torch.uint8) << powers).sum(-1, dtype=torch.uint8)
