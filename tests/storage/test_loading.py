@@ -219,7 +219,7 @@ def test_in_a_fresh_process(llama: tuple[Path, Path]) -> None:
 
 
 def test_transformers_alone_refuses(llama: tuple[Path, Path]) -> None:
-    """It must not start from random weights, which is what unknown quantization comes to without stand-ins."""
+    """It must not start from random weights, which it does with quantized weights that it does not know."""
     done = in_fresh_process(ALONE, llama[1])
     assert done.returncode != 0
     assert "mismatched" in done.stderr.lower()
