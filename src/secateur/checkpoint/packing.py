@@ -226,5 +226,5 @@ def _checksum(parts: Mapping[str, Tensor]) -> int:
     value = 0
     for _, part in sorted(parts.items()):
         flat = part.detach().cpu().contiguous().view(-1)
-        value = zlib.crc32(flat.view(torch.uint8).numpy(), value)
+        value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
     return value
