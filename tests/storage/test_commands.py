@@ -325,3 +325,31 @@ def test_a_file_cut_short(
     weights.write_bytes(weights.read_bytes()[:-7])
     refuse(["export", str(copy), "--format", "dense", "-o", str(tmp_path / "out")], capsys, "is cut short")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "format"),
+    [
+        ("magnitude", {"sparsity": 0.6}, "bitmask"),
+        ("magnitude", {"pattern": "2:4"}, "bitmask"),
+        ("magnitude", {"pattern": "2:4"}, "nm"),
+        ("magnitude", {"sparsity": 0.6}, "dense"),
+    ],
+)
+def test_plan_knows_the_bytes(method: str, settings: dict[str, Any], format: str, tmp_path: Path) -> None:
+    planned = secateur.plan("seedling", method=method, format=format, **settings)
+    secateur.prune("seedling", tmp_path / "out", method=method, format=format, **settings, **QUICK)
+    written = Checkpoint.open(tmp_path / "out")
+    found = written.nbytes - 8 * len(written.formats)
+    assert planned["bytes_after"] == pytest.approx(found, rel=1e-3)
+    assert planned["loads_in"]["transformers"].startswith(
+        "yes: same class" if format == "dense" else "yes: after `import secateur`"
+    )
+
+
+def test_the_card_says_how_to_load_it(half: tuple[Path, Path]) -> None:
+    dense, packed = ((folder / "README.md").read_text() for folder in half)
+    assert "import secateur\nfrom transformers" in packed
+    assert "secateur export FOLDER --format dense" in packed
+    assert "import secateur" not in dense
+    assert "42 tensors packed, 14 as they are" in (half[1] / "report.html").read_text()

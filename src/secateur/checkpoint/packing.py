@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from secateur.core.pattern import Pattern
+
 __all__ = [
     "CHECKSUM",
     "DENSE",
@@ -83,6 +85,13 @@ class Format(ABC):
 
         All of `cls.parts` are there, and their bytes are those that were written.
         """
+
+    @classmethod
+    def expected_bytes(
+        cls, shape: tuple[int, ...], itemsize: int, sparsity: float, pattern: Pattern
+    ) -> int | None:
+        """Of the parts of a tensor that is yet to be pruned to this; None where that is not known."""
+        return None
 
 
 FORMATS: Registry[type[Format]] = Registry(
