@@ -1,9 +1,9 @@
 """The optimal-brain-surgeon sweep: columns go one after the other, those to their right make up for it.
 
 The sweep of SparseGPT (one-shot-baselines, section 2.4) and of GPTQ (mc-moe, section 2.4), without the
-inverse of the Hessian. Published is U with inv(H) = U^T U, and the columns b to the right of finished ones, f,
-lose E_f U_fb, where E are their scaled errors. Let H = V V^T with V upper triangular, so that U = inv(V). As
-E U is the change of the weights so far, D, that loss is also -D_f V_fb inv(V_bb): one factorisation, and
+inverse of the Hessian. Published is U with inv(H) = U^T U, and the columns b to the right of finished ones,
+f, lose E_f U_fb, where E are their scaled errors. Let H = V V^T with V upper triangular, so that U = inv(V).
+As E U is the change of the weights so far, D, that loss is also -D_f V_fb inv(V_bb): one factorisation, and
 inverses of small blocks.
 
 Everything runs on the transposed matrix and looks left: columns take in what those before them ask for

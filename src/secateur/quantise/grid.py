@@ -1,7 +1,7 @@
 """The numbers that a few bits can stand for: evenly spaced ones, a grid for every row and group of columns.
 
 Code c of a group means low + scale * c. One bit is the same with two numbers, minus and plus the mean
-magnitude (mc-moe, section 2.4). Scale and low are what is stored, float16, and codes are chosen for just these.
+magnitude (mc-moe, section 2.4). Scale and low are what is stored, float16; codes are chosen for just these.
 """
 
 from __future__ import annotations
