@@ -1,4 +1,4 @@
-"""Which experts get more bits: how often they are visited, how much they weigh, what rounding does to them."""
+"""Which experts get more bits: how often they are visited, what they weigh, what rounding does to them."""
 
 from __future__ import annotations
 
