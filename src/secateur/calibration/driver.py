@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.model import Block
 from secateur.calibration.activations import Activations, Batch
 from secateur.calibration.distributed import Group
 from secateur.calibration.forward import Forward
 from secateur.calibration.probes import Probes, SeenError
+from secateur.calibration.routing import RoutingProbe
 from secateur.calibration.source import BlockSource
 from secateur.calibration.windows import Windows
 from secateur.core.progress import SILENT, Progress, track
-from secateur.core.statistics import BACKWARD, InputStatistics, Statistic
+from secateur.core.statistics import BACKWARD, ROUTED, InputStatistics, RoutingStatistics, Statistic
 
 __all__ = ["Driver", "OpenBlock", "Watch"]
 
@@ -155,7 +157,7 @@ class OpenBlock:
         """Run the block as it is on all windows.
 
         Args:
-            needs: statistics wanted; those that take gradients are left out.
+            needs: statistics wanted; those that take gradients or are of routed experts are left out.
             sites: where to look; by default at every site of the block.
             record_output: keep the output of the first batch, for the error that `finish` returns.
 
@@ -165,7 +167,7 @@ class OpenBlock:
         held = self._held
         if held is None:
             raise RuntimeError("a pass without activations observes nothing")
-        wanted = frozenset(needs) - BACKWARD
+        wanted = frozenset(needs) - BACKWARD - ROUTED
         first = held.batches[0]
         if not wanted:
             self._dense = held.run(first, self.index, self.module) if record_output else None
@@ -177,6 +179,30 @@ class OpenBlock:
                 output = self._run_until_seen(held, batch)
                 self._dense = output if recording else self._dense
         return probes.take(sum(len(batch.windows) for batch in held.batches), self._group)
+
+    def observe_routing(self, needs: Collection[Statistic]) -> RoutingStatistics | None:
+        """Run the block as far as its experts on all windows.
+
+        Args:
+            needs: statistics wanted; those of `ROUTED` count, and `routing` always comes with them.
+
+        Returns:
+            Sums over the real tokens of all processes; `None` where the block has no routed experts, or
+            nothing of them is wanted.
+
+        Raises:
+            AnatomyError: experts without a router that the axes of the block name.
+        """
+        held, mixture = self._held, mixture_of(self.block)
+        if held is None:
+            raise RuntimeError("a pass without activations observes nothing")
+        if mixture is None or ROUTED.isdisjoint(needs):
+            return None
+        with RoutingProbe(self.block, mixture, self.module, needs, held.device) as probe:
+            for batch in held.batches:
+                probe.begin(batch)
+                self._run_until_seen(held, batch)
+        return probe.take(self._group)
 
     def outputs(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """What enters and what leaves the block as it is now, (B, T, d) each, batch by batch. Hooks of the

@@ -18,11 +18,29 @@ from secateur.calibration.observers import Moments
 from secateur.core.errors import AnatomyError
 from secateur.core.statistics import InputStatistics, Statistic
 
-__all__ = ["Probes", "SeenError"]
+__all__ = ["Probes", "SeenError", "real_tokens"]
 
 
 class SeenError(Exception):
     """Every site was reached: the rest of the block need not run."""
+
+
+def real_tokens(batch: Batch | None, block: Block, tensor: Tensor) -> Tensor:
+    """The real tokens of (..., C) seen inside a block, as (tokens, C).
+
+    Raises:
+        AnatomyError: padding that cannot be told, because the module sees some of the tokens only.
+    """
+    flat = tensor.detach().flatten(0, -2)
+    if batch is None or batch.rows is None:
+        return flat
+    if len(flat) != batch.tokens:
+        raise AnatomyError(
+            f"block {block.index} sees {len(flat)} of {batch.tokens} tokens at one of its matrices",
+            "all tokens, to leave out padding",
+            "give windows without padding",
+        )
+    return flat[batch.rows]
 
 
 Watch = Callable[[list[Tensor]], None]
@@ -82,17 +100,7 @@ class Probes:
 
     def real(self, tensor: Tensor) -> Tensor:
         """The real tokens of (..., C), as (tokens, C)."""
-        flat = tensor.detach().flatten(0, -2)
-        batch = self._batch
-        if batch is None or batch.rows is None:
-            return flat
-        if len(flat) != batch.tokens:
-            raise AnatomyError(
-                f"block {self._block.index} sees {len(flat)} of {batch.tokens} tokens at one of its matrices",
-                "all tokens, to leave out padding",
-                "give windows without padding",
-            )
-        return flat[batch.rows]
+        return real_tokens(self._batch, self._block, tensor)
 
     def _watch(self, path: str) -> Watch:
         """What is to be done with the inputs of a submodule."""

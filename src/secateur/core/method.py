@@ -31,6 +31,7 @@ ROOMS = {
         "minitron",
         "slicegpt",
     ),
+    "experts": ("random-experts", "frequency-experts", "reap", "stun", "merge-experts"),
 }
 """The methods that come with secateur; each is a file of its room."""
 

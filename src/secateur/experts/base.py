@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from secateur.anatomy.mixture import mixture_of
+from secateur.anatomy.model import Block
 from secateur.core.method import METHODS, Method
 from secateur.core.statistics import RoutingStatistics
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["ExpertMethod", "ExpertProblem", "Survivors", "register"]
+__all__ = ["ExpertMethod", "ExpertProblem", "Survivors", "expert_problem", "register"]
 
 
 @dataclass
@@ -26,7 +28,7 @@ class ExpertProblem:
         name: for messages, such as `3.experts`.
         top_k: experts that a token visits.
         router: (n, d) float32, one row an expert.
-        bias: (n,) float32 that the router adds to its logits, if it has one.
+        bias: (n,) float32 that the router adds to its logits, or to its scores where it chooses, if it does.
         weights: by parameter, (n, out, in) of any floating dtype: the stacked matrices of all experts, each
             seen as (out, in) whatever the files hold; views of the block, not to be changed.
         routing: what was observed; `None` where the method needs nothing.
@@ -45,6 +47,48 @@ class ExpertProblem:
     def count(self) -> int:
         """n, the number of routed experts."""
         return len(self.router)
+
+    @property
+    def observed(self) -> RoutingStatistics:
+        """What was observed, by a method that asked for it."""
+        if self.routing is None:
+            raise ValueError(f"the routing of {self.name} was not observed")
+        return self.routing
+
+
+def expert_problem(
+    block: Block,
+    parameters: Mapping[str, Tensor],
+    *,
+    top_k: int,
+    generator: torch.Generator,
+    routing: RoutingStatistics | None = None,
+) -> ExpertProblem | None:
+    """The routed experts of one block as methods see them, `None` where it has none.
+
+    Args:
+        block: what it is made of.
+        parameters: its in-memory tensors by their name inside the block.
+        top_k: experts that a token visits.
+        generator: seeded for these very experts.
+        routing: what was observed.
+
+    Raises:
+        AnatomyError: experts without a router that the axes of the block name.
+    """
+    mixture = mixture_of(block)
+    if mixture is None:
+        return None
+    added = mixture.bias or mixture.correction
+    return ExpertProblem(
+        name=f"{block.index}.{mixture.space}",
+        top_k=top_k,
+        router=parameters[mixture.router].detach().float().cpu(),
+        bias=parameters[added].detach().float().cpu() if added else None,
+        weights=mixture.weights(parameters),
+        routing=routing,
+        generator=generator,
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +133,8 @@ class ExpertMethod(Method):
 
         A method that clusters gives the height at which an expert joins another, so that for every number
         that stays the right number of merges has happened; `regroup` then says which ones stand for them.
+        Scores that are comparable between blocks may be infinite: minus for what goes before all others,
+        plus for what stays in any case.
         """
         raise NotImplementedError
 

@@ -1,0 +1,185 @@
+"""Which experts of a block the tokens visit, with what weight, and what the experts make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.anatomy.mixture import Mixture
+from secateur.anatomy.model import Block
+from secateur.calibration.activations import Batch
+from secateur.calibration.distributed import Group
+from secateur.calibration.probes import SeenError, real_tokens
+from secateur.core.numerics import exact_products
+from secateur.core.statistics import RoutingStatistics, Statistic
+
+__all__ = ["RoutingProbe"]
+
+SMALLEST = 1e-6
+"""Below it, shares of a token say nothing about how its scores were made."""
+
+
+class RoutingProbe:
+    """Observes the router and the experts of a block while it is open as a context.
+
+    The forward of each batch ends in `SeenError` where the experts would begin: their outputs, where wanted,
+    are computed by the experts' own module, one chosen expert a token at a time, in time linear in the tokens
+    and the experts asked for. Sums are float64, one number or one row an expert; nothing grows with the
+    square of the tokens or holds pairs of experts a token (stun, section 2.7).
+
+    Args:
+        block: what the module is made of.
+        mixture: its experts.
+        module: the block itself.
+        needs: `expert_norms` and `expert_means` are computed only if named.
+        device: of the tokens.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        mixture: Mixture,
+        module: nn.Module,
+        needs: Collection[Statistic],
+        device: torch.device,
+    ) -> None:
+        self._block, self._mixture, self._module = block, mixture, module
+        self._experts: Any = module.get_submodule(mixture.module)
+        state = module.state_dict()
+        self._router = state[mixture.router]
+        self._bias = state[mixture.bias] if mixture.bias else None
+        n, d = self._router.shape
+        shapes = {"tokens": (1,), "coactivation": (n, n), "gates": (n,), "scores": (2, n), "misfit": (2,)}
+        if "expert_norms" in needs:
+            shapes["norms"] = (n,)
+        if "expert_means" in needs:
+            shapes["means"] = (n, d)
+        self._sums = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()
+        }
+        self._ratios: list[Tensor] = []
+        self._batch: Batch | None = None
+        self._logits = torch.empty(0)
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> RoutingProbe:
+        for path, hook in (
+            (self._mixture.router_module, self._see_router),
+            (self._mixture.module, self._see_experts),
+        ):
+            handle = self._module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+
+    def begin(self, batch: Batch) -> None:
+        """The next forward is of this batch."""
+        self._batch = batch
+
+    def take(self, group: Group | None) -> RoutingStatistics:
+        """The statistics, summed over all processes."""
+        ratios = torch.cat(self._ratios)
+        if group is not None:
+            for tensor in self._sums.values():
+                group.all_reduce(tensor)
+            ratios = _gather(ratios, group)
+        sums = {name: tensor.cpu() for name, tensor in self._sums.items()}
+        counts = sums["coactivation"].diagonal().clone()
+        return RoutingStatistics(
+            tokens=int(sums["tokens"]),
+            counts=counts,
+            coactivation=sums["coactivation"].fill_diagonal_(0),
+            probabilities=sums["scores"][int(sums["misfit"].argmin())],
+            gates=sums["gates"],
+            ratios=ratios,
+            norms=sums.get("norms"),
+            means=sums.get("means"),
+        )
+
+    def _see_router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the logits of the real tokens, (tokens, n) float32, until the experts are called."""
+        rows = self._real(_tensors(args, kwargs)[0])
+        bias = None if self._bias is None else self._bias.float()
+        with exact_products():
+            self._logits = functional.linear(rows.float(), self._router.float(), bias)
+
+    def _see_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add one call: hidden states (tokens, d) first, then in any order routes (tokens, k) and weights."""
+        hidden, *rest = _tensors(args, kwargs)
+        routes = self._real(next(tensor for tensor in rest if not tensor.is_floating_point()))
+        gates = self._real(next(tensor for tensor in rest if tensor.is_floating_point())).double()
+        self._add_routes(routes, gates)
+        self._add_scores(routes, gates)
+        self._add_outputs(self._real(hidden), routes, gates)
+        raise SeenError
+
+    def _add_routes(self, routes: Tensor, gates: Tensor) -> None:
+        visited = self._spread(routes, torch.ones_like(gates)).float()
+        with exact_products():
+            self._sums["coactivation"] += visited.T @ visited  # whole numbers, exact in float32
+        self._sums["tokens"] += len(routes)
+        self._sums["gates"] += self._spread(routes, gates).sum(0)
+        ordered = gates.sort(dim=1, descending=True).values
+        self._ratios.append((ordered[:, 1:] / ordered[:, :1]).half().cpu())
+
+    def _add_scores(self, routes: Tensor, gates: Tensor) -> None:
+        """Probabilities as softmax and as sigmoid of the logits, and how far each is from the weights.
+
+        A router multiplies the scores of the chosen experts by one factor (renormalisation, scaling), so the
+        right kind differs from their weights by one constant a token, in logarithms. Which it is, is decided
+        over all tokens; with one expert a token the question is open, and it is softmax.
+        """
+        logits = self._logits.double()
+        kinds = logits.softmax(1), logits.sigmoid()
+        for number, scores in enumerate(kinds):
+            chosen = scores.gather(1, routes)
+            self._sums["scores"][number] += self._spread(routes, chosen).sum(0)
+            apart = gates.clamp_min(SMALLEST).log() - chosen.clamp_min(SMALLEST).log()
+            self._sums["misfit"][number] += (apart - apart.mean(1, keepdim=True)).square().sum()
+
+    def _add_outputs(self, rows: Tensor, routes: Tensor, gates: Tensor) -> None:
+        if "norms" in self._sums:
+            norms = [self._outputs(rows, routes[:, [slot]]).norm(dim=1) for slot in range(routes.shape[1])]
+            self._sums["norms"] += self._spread(routes, gates * torch.stack(norms, dim=1)).sum(0)
+        if "means" in self._sums:
+            for expert, total in enumerate(self._sums["means"]):
+                total += self._outputs(rows, routes.new_full((len(rows), 1), expert)).sum(0)
+
+    def _outputs(self, rows: Tensor, routes: Tensor) -> Tensor:
+        """(tokens, d) float64 of the experts in `routes`, (tokens, 1), with weight one."""
+        ones = torch.ones(routes.shape, dtype=rows.dtype, device=rows.device)
+        output: Tensor = self._experts.forward(rows, routes, ones)  # not through the hooks
+        return output.double()
+
+    def _spread(self, routes: Tensor, values: Tensor) -> Tensor:
+        """(tokens, n) with the (tokens, k) values where the routes are, zero elsewhere."""
+        return values.new_zeros(len(routes), self._mixture.count).scatter_(1, routes, values)
+
+    def _real(self, tensor: Tensor) -> Tensor:
+        return real_tokens(self._batch, self._block, tensor)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+def _gather(rows: Tensor, group: Group) -> Tensor:
+    """The rows of all processes, those of the first process first."""
+    lengths = torch.zeros(group.world, dtype=torch.int64)
+    lengths[group.rank] = len(rows)
+    group.all_reduce(lengths)
+    start = int(lengths[: group.rank].sum())
+    together = rows.new_zeros(int(lengths.sum()), rows.shape[1], dtype=torch.float32)
+    together[start : start + len(rows)] = rows
+    group.all_reduce(together)
+    return together.to(rows.dtype)
