@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 from secateur.checkpoint.locate import locate
 from secateur.checkpoint.safetensors_header import TensorInfo, read_header
 from secateur.checkpoint.validation import (
+    pop_packing,
     read_json,
     refuse_quantised_config,
     refuse_quantised_tensors,
+    require_packed,
     shard_names,
 )
 from secateur.core.errors import CheckpointError
@@ -38,8 +40,9 @@ class Headers:
 
     Attributes:
         folder: where the files are.
-        config: `config.json`.
-        tensors: what the shards hold, in the order of the bytes on the disk.
+        config: `config.json`, as that of the unpacked model.
+        tensors: what the shards hold, in the order of the bytes on the disk; packed tensors as those that
+            they stand for.
 
     >>> from secateur.checkpoint.headers import Headers
     >>> Headers.open("seedling").config["model_type"]
@@ -59,19 +62,32 @@ class Headers:
             revision: branch, tag or commit on the hub.
 
         Raises:
-            CheckpointError: missing, damaged, cut short, at odds with the index, or quantised.
+            CheckpointError: missing, damaged, cut short, at odds with the index, quantised, or packed in
+                a way that is not known here.
         """
         folder = locate(model, revision)
         config = read_json(folder / "config.json", "a Hugging Face checkpoint folder with config.json")
+        packed = pop_packing(folder, config)
         refuse_quantised_config(folder, config)
         tensors = _headers(folder, shard_names(folder))
         refuse_quantised_tensors(folder, tensors.values())
+        require_packed(folder, packed, tensors.values())
         return cls(folder, config, tensors)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
+        return sum(tensor.stored_bytes for tensor in self.tensors.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of all tensors in memory, unpacked."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The formats of packed tensors by name."""
+        return {name: tensor.format for name, tensor in self.tensors.items() if tensor.format}
 
     @property
     def parameters(self) -> int:
@@ -124,7 +140,8 @@ def _headers(folder: Path, shards: dict[str, set[str]]) -> dict[str, TensorInfo]
             header = read_header(folder / shard)
         except OSError as error:
             raise CheckpointError(f"{folder / shard} cannot be read ({error.strerror})") from error
-        for name in sorted(promised - header.keys()):
+        stored = {part.name for info in header.values() for part in info.stored}
+        for name in sorted(promised - stored):
             raise CheckpointError(
                 f"the index of {folder} places tensor {name!r} in {shard}, which lacks it",
                 "an index that fits its shards",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint.packing import CHECKSUM, formats_in, refused
 from secateur.core.errors import CheckpointError
 
 __all__ = ["TensorInfo", "cut_short", "encode_header", "read_header"]
@@ -45,7 +46,8 @@ LFS_POINTER = b"version "
 class TensorInfo:
     """Where a tensor lies: bytes `start` to `stop` (absolute) of `file` (a name in the checkpoint folder).
 
-    `dtype` is the name that torch has for it, such as `bfloat16`.
+    `dtype` is the name that torch has for it, such as `bfloat16`. A packed tensor (see `packing`) appears as
+    the tensor that it stands for, with its `format` and, in `parts`, what the file holds of it.
     """
 
     name: str
@@ -54,10 +56,23 @@ class TensorInfo:
     file: str
     start: int
     stop: int
+    format: str = ""
+    parts: tuple[TensorInfo, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.stop - self.start
+        """Bytes in memory, unpacked."""
+        return self.numel * self.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(part.stored_bytes for part in self.parts) or self.stop - self.start
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """What the file holds: itself, or its parts."""
+        return self.parts or (self,)
 
     @property
     def numel(self) -> int:
@@ -77,7 +92,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file in the order of their bytes, from its header alone.
 
     Raises:
-        CheckpointError: not a safetensors file, cut short, or a header at odds with itself or the file.
+        CheckpointError: not a safetensors file, cut short, a header at odds with itself or the file, or
+            packed tensors of a layout or format that is not known.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -92,13 +108,44 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if size < 8 + length:
             raise cut_short(path, size, "a whole header")
         raw = file.read(length)
-    tensors = _parse(path, raw)
+    tensors, metadata = _parse(path, raw)
     stop = tensors[-1].stop if tensors else 8 + length
     if size < stop:
         raise cut_short(path, size, f"{stop} bytes, as its header says")
     if size > stop:
         raise _damaged(path, f"{size - stop} bytes more than its header says")
-    return {tensor.name: tensor for tensor in tensors}
+    return _unite({tensor.name: tensor for tensor in tensors}, formats_in(str(path), metadata))
+
+
+def _unite(tensors: dict[str, TensorInfo], formats: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Put a packed tensor in the place of its parts.
+
+    Raises:
+        CheckpointError: a part without its tensor, or a packed tensor without what all have.
+    """
+    if not formats:
+        return tensors
+    united: dict[str, TensorInfo] = {}
+    parts: dict[str, dict[str, TensorInfo]] = {name: {} for name in formats}
+    for name, info in tensors.items():
+        owner = name if name in formats else name.rpartition(".")[0]
+        if owner in formats:
+            parts[owner][name] = info
+        if name == owner or owner not in formats:
+            united[name] = info
+    for name, own in parts.items():
+        united[name] = _packed(name, formats[name], own)
+    return united
+
+
+def _packed(name: str, format: str, parts: Mapping[str, TensorInfo]) -> TensorInfo:
+    for needed in (name, f"{name}.{CHECKSUM}"):
+        if needed not in parts:
+            raise refused(name, f"{needed} is missing")
+    own = parts[name]
+    if not own.shape or own.shape[-1] != 0:
+        raise refused(name, f"{name} has shape {own.shape}, whose last axis is not 0")
+    return replace(own, shape=own.shape[:-1], format=format, parts=tuple(parts.values()))
 
 
 def cut_short(path: Path, size: int, expected: str) -> CheckpointError:
@@ -110,10 +157,11 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {what}", "a safetensors file", "copy or download it again")
 
 
-def _parse(path: Path, raw: bytes) -> list[TensorInfo]:
+def _parse(path: Path, raw: bytes) -> tuple[list[TensorInfo], dict[str, Any]]:
+    """Tensors in the order of their bytes, and the metadata."""
     try:
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", None) or {})
         tensors = [_info(path, name, entry, 8 + len(raw)) for name, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header does not parse ({error})") from error
@@ -123,7 +171,7 @@ def _parse(path: Path, raw: bytes) -> list[TensorInfo]:
         if tensor.start != end:
             raise _damaged(path, f"a gap or an overlap before tensor {tensor.name!r}")
         end = tensor.stop
-    return tensors
+    return tensors, metadata
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,15 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint.packing import QUANT_METHOD, require_version
 from secateur.checkpoint.safetensors_header import TensorInfo
 from secateur.core.errors import CheckpointError
 
 __all__ = [
     "INDEX",
     "SINGLE",
+    "pop_packing",
     "read_json",
     "refuse_quantised_config",
     "refuse_quantised_tensors",
+    "require_packed",
     "shard_names",
 ]
 
@@ -97,6 +100,37 @@ def _no_weights(folder: Path) -> CheckpointError:
         'convert them: python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", copy the tokenizer files",
     )
+
+
+def pop_packing(folder: Path, config: dict[str, Any]) -> bool:
+    """Take what secateur wrote of packed tensors out of a config; whether there was anything.
+
+    Raises:
+        CheckpointError: a layout that this version does not know.
+    """
+    found = config.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
+        return False
+    require_version(str(folder / "config.json"), found.get("version"))
+    del config["quantization_config"]
+    return True
+
+
+def require_packed(folder: Path, packed: bool, tensors: Iterable[TensorInfo]) -> None:
+    """Raises `CheckpointError` when config and files disagree on whether tensors are packed."""
+    name = next((tensor.name for tensor in tensors if tensor.format), None)
+    if packed and name is None:
+        raise CheckpointError(
+            f"config.json of {folder} tells of packed tensors and its files of none",
+            "files of one checkpoint",
+            "copy or download them again",
+        )
+    if name is not None and not packed:
+        raise CheckpointError(
+            f"tensor {name!r} of {folder} is packed and config.json has no quantization_config of it",
+            "the config.json that was written with the files",
+            "copy or download it again",
+        )
 
 
 def refuse_quantised_config(folder: Path, config: dict[str, Any]) -> None:

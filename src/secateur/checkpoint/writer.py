@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ from secateur.checkpoint.durable import sync_folder, write_bytes
 from secateur.checkpoint.journal import Journal, plain
 from secateur.checkpoint.lock import Lock, require_unlocked
 from secateur.checkpoint.merge import Placed, copy_files, merge_weights, write_json
+from secateur.checkpoint.packing import Packed, config_entry
 from secateur.checkpoint.place import bytes_below, entries, require_disk, require_place
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
@@ -26,6 +27,7 @@ __all__ = ["CheckpointWriter", "read_part"]
 HIDDEN = ".secateur"
 PARTS = "parts"
 CONFIG = "config.json"
+Pack = Callable[[Mapping[str, Tensor | Packed]], Mapping[str, Tensor | Packed]]
 DISK_FACTOR = 2.1  # all parts, the merged files, and room for what lies beside them
 
 
@@ -43,6 +45,7 @@ class CheckpointWriter:
         source: the checkpoint whose tensor names, config and companions the output takes over.
         fingerprint: flat, JSON values: everything the result depends on. A resumed run has the same.
         resume: go on with the unfinished run in `out`, or begin when there is none.
+        pack: makes of the tensors of a part those that are stored, some of them packed.
 
     Raises:
         OutputError: `out` is not empty, not writable, at or inside the source, holds an unfinished run
@@ -56,9 +59,15 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, out: Path, source: Checkpoint, fingerprint: dict[str, Any], *, resume: bool = False
+        self,
+        out: Path,
+        source: Checkpoint,
+        fingerprint: dict[str, Any],
+        *,
+        resume: bool = False,
+        pack: Pack | None = None,
     ) -> None:
-        self.out, self.source = Path(out).expanduser(), source
+        self.out, self.source, self._pack = Path(out).expanduser(), source, pack
         self._hidden = self.out / HIDDEN
         self._parts, self._final, self._assembled = self._hidden / PARTS, self._hidden / "final", False
         require_place(self.out, source.folder)
@@ -85,7 +94,7 @@ class CheckpointWriter:
         require_unlocked(out / HIDDEN)
         if _find_journal(out, {}, resume).parts:
             return
-        require_disk(out, int(DISK_FACTOR * source.nbytes))
+        require_disk(out, int(DISK_FACTOR * source.dense_nbytes))
 
     @property
     def parts(self) -> Mapping[str, dict[str, Any]]:
@@ -112,15 +121,15 @@ class CheckpointWriter:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def write(self, part: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def write(self, part: str, tensors: Mapping[str, Tensor | Packed], record: dict[str, Any]) -> None:
         """Keep tensors (source names, any shape, strides or device) and a JSON record as finished."""
         record = plain(record)
-        save_tensors(self._path(part), tensors)
+        save_tensors(self._path(part), self._pack(tensors) if self._pack else tensors)
         self._journal.parts[part] = record
         self._journal.save()
 
     def read(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a finished part. Raises `KeyError` for any other."""
+        """The tensors of a finished part, unpacked. Raises `KeyError` for any other."""
         if part not in self.parts:
             raise KeyError(part)
         path = self._path(part)
@@ -160,9 +169,12 @@ class CheckpointWriter:
         if self._final.exists():
             shutil.rmtree(self._final)
         self._final.mkdir()
-        merge_weights(self._final, self._placed(set(dropped)), shard_bytes)
+        placed = self._placed(set(dropped))
+        merge_weights(self._final, placed, shard_bytes)
         copy_files(self.source.companions(), self.source.folder, self._final)
         config = {**self.source.config, **(config_updates or {})}
+        if formats := {place.info.name: place.info.format for place in placed if place.info.format}:
+            config["quantization_config"] = config_entry(formats)
         write_json(self._final / CONFIG, {key: value for key, value in config.items() if key not in removed})
         self._assembled = True
         return self._final
@@ -210,7 +222,7 @@ class CheckpointWriter:
         journal.require(fingerprint)
         if not journal.merged:
             present_bytes = bytes_below(self._parts) + bytes_below(self._final)
-            require_disk(self.out, int(DISK_FACTOR * self.source.nbytes) - present_bytes)
+            require_disk(self.out, int(DISK_FACTOR * self.source.dense_nbytes) - present_bytes)
         return journal
 
     def _begin(self) -> Lock:

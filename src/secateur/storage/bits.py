@@ -1,0 +1,48 @@
+"""Bits and bytes of tensors, without a loop over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.core.errors import InputError
+
+__all__ = ["as_matrix", "not_zero", "pack_bits", "rows_and_columns", "unpack_bits"]
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """A tensor of any shape as a matrix: all axes but the last are rows."""
+    return (prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """`rows_and_columns` of a floating tensor, on the CPU. Raises `InputError` for any other dtype."""
+    if not weight.is_floating_point():
+        raise InputError(f"a tensor of {weight.dtype}", "floating weights", "keep it as it is")
+    return weight.detach().cpu().reshape(rows_and_columns(weight.shape)).contiguous()
+
+
+def not_zero(weight: Tensor) -> Tensor:
+    """Where any bit is set: bool, so that -0.0 and NaN are kept as they are."""
+    return weight.view(INTEGERS[weight.itemsize]) != 0
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """(r, c) bool -> (r, ceil(c / 8)) uint8; column j is bit j % 8 of byte j // 8, bits beyond are 0."""
+    return torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack_bits`: (r, columns) bool on the same device."""
+    if packed.device.type == "cpu":
+        bits = np.unpackbits(packed.numpy(), axis=-1, count=columns, bitorder="little")
+        return torch.from_numpy(bits).view(torch.bool)
+    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    spread = (packed[..., None] >> places) & 1
+    return spread.flatten(-2)[..., :columns].bool()

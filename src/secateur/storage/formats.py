@@ -1,0 +1,10 @@
+"""What a format of packed tensors is made of: import from here to add one.
+
+>>> from secateur.storage.formats import FORMATS
+>>> FORMATS.names()[:2]
+['bitmask', 'nm']
+"""
+
+from secateur.checkpoint.packing import FORMATS, VERSION, Format, Packed, refused
+
+__all__ = ["FORMATS", "VERSION", "Format", "Packed", "refused"]
