@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.calibration.driver import OpenBlock
+from secateur.calibration.probes import real_tokens
 
 __all__ = ["Visits", "expert_errors", "routing_error", "visits"]
 
@@ -38,13 +39,13 @@ class Visits:
 def visits(opened: OpenBlock, path: str) -> Iterator[Visits]:
     """Batch by batch: what the experts at `path` inside the block are called with."""
     for batch, tensors in opened.calls(path):
-        rows, *rest = (tensor.flatten(0, -2) for tensor in tensors)
+        rows, *rest = (real_tokens(batch, opened.block, tensor) for tensor in tensors)
         routes = next(tensor for tensor in rest if not tensor.is_floating_point())
         gates = next(tensor for tensor in rest if tensor.is_floating_point())
         count, length = batch.windows.ids.shape
         places = torch.arange(batch.where.start, batch.where.start + count, device=rows.device)
-        real = slice(None) if batch.rows is None else batch.rows
-        yield Visits(rows[real], routes[real], gates[real], places.repeat_interleave(length)[real])
+        windows = places.repeat_interleave(length)
+        yield Visits(rows, routes, gates, windows if batch.rows is None else windows[batch.rows])
 
 
 def expert_errors(

@@ -83,7 +83,13 @@ class Format(ABC):
 
 
 FORMATS: Registry[type[Format]] = Registry(
-    "format", "secateur.formats", {"bitmask": "secateur.storage.bitmask", "nm": "secateur.storage.nm"}
+    "format",
+    "secateur.formats",
+    {
+        "bitmask": "secateur.storage.bitmask",
+        "nm": "secateur.storage.nm",
+        "low-bit": "secateur.storage.low_bit",
+    },
 )
 """Formats of tensors; packages add theirs by the entry point group `secateur.formats`."""
 

@@ -31,7 +31,15 @@ ROOMS = {
         "minitron",
         "slicegpt",
     ),
-    "experts": ("random-experts", "frequency-experts", "reap", "stun", "merge-experts"),
+    "experts": (
+        "random-experts",
+        "frequency-experts",
+        "reap",
+        "stun",
+        "merge-experts",
+        "mc-moe",
+        "uniform-bits",
+    ),
 }
 """The methods that come with secateur; each is a file of its room."""
 
@@ -59,6 +67,7 @@ class Method(BaseModel):
         removes: the unit that goes.
         effect: what a user may expect of the result, in one plain sentence.
         needs: statistics that calibration must collect.
+        sized_by: the option that says how much goes, in place of a sparsity; empty: a sparsity does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +78,7 @@ class Method(BaseModel):
     removes: ClassVar[str]
     effect: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    sized_by: ClassVar[str] = ""
 
     @property
     def statistics(self) -> frozenset[Statistic]:
