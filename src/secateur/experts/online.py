@@ -157,8 +157,7 @@ def protected(importance: Tensor, real: Tensor, share: float) -> Tensor:
         importance: (B, L).
         real: (B, L) bool; padding is never protected.
     """
-    order = importance.masked_fill(~real, -torch.inf).argsort(1, descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
+    order = importance.masked_fill(~real, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    ranks = torch.empty_like(order).scatter_(1, order, places)
     return (ranks < (share * real.sum(1, keepdim=True)).long()) & real
