@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     )
     from secateur.core.errors import InputError, SecateurError
     from secateur.recipe import Recipe
+    from secateur.storage.quantizer import SecateurQuantizationConfig
 
 __version__ = "0.1.0"
 __all__ = [
     "InputError",
     "Recipe",
     "SecateurError",
+    "SecateurQuantizationConfig",
     "__version__",
     "bench",
     "compare",
@@ -50,6 +52,7 @@ _HOMES = {  # of all that needs less than `secateur.api`, which imports everythi
     "InputError": "secateur.core.errors",
     "SecateurError": "secateur.core.errors",
     "Recipe": "secateur.recipe",
+    "SecateurQuantizationConfig": "secateur.storage.quantizer",
     "inspect": "secateur.pipeline.inspect",
     "methods": "secateur.pipeline.catalogue",
 }

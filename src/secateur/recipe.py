@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from secateur.checkpoint.packing import DENSE, FORMATS
 from secateur.core.budget import Target
 from secateur.core.errors import InputError, RecipeError, did_you_mean
 from secateur.core.method import METHODS, Method
@@ -59,6 +60,7 @@ class Job(BaseModel):
         dtype: computing precision; `auto` is float32 on the CPU and the model's own on a GPU.
         measure_speed: measure prefill and decode before and after (needs the whole model in memory).
         check_loading: open the result in a fresh process, as a stranger would.
+        format: how weights with zeros are stored: `dense`, `bitmask`, or `nm` for N:M patterns.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +74,13 @@ class Job(BaseModel):
     dtype: DType = "auto"
     measure_speed: bool = True
     check_loading: bool = True
+    format: str = DENSE
+
+    def check_format(self) -> None:
+        """Raises `RecipeError` for a format that does not exist."""
+        if self.format != DENSE and self.format not in FORMATS:
+            names = [DENSE, *FORMATS.names()]
+            raise RecipeError(f"unknown format {self.format!r}", "", did_you_mean(self.format, names))
 
 
 class Recipe(Job):
@@ -150,6 +159,7 @@ class Recipe(Job):
         """
         from secateur.weights.allocation import ALLOCATIONS
 
+        self.check_format()
         method = METHODS.get(self.method)
         self._check_amount(method)
         method.from_options(self.options)
@@ -167,6 +177,10 @@ class Recipe(Job):
                     f"a method of single weights, or no {key}",
                     f"leave --{key} out",
                 )
+        if self.format == "nm" and self.parsed_pattern.kind != "n:m":
+            raise RecipeError(
+                f"format nm with pattern {self.pattern}", "an N:M pattern such as 2:4", "use --format bitmask"
+            )
         if self.parsed_pattern.kind == "global" and self.allocation != "uniform":
             raise RecipeError(
                 f"pattern global with allocation {self.allocation!r}",
@@ -269,6 +283,7 @@ class RecoveryRecipe(Job):
 
     def validated(self) -> RecoveryRecipe:
         """Check everything that needs no model. Raises `RecipeError` and `MissingExtraError`."""
+        self.check_format()
         self.recover.method().require_packages()
         return self
 

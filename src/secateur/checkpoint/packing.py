@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKSUM",
+    "DENSE",
     "FORMATS",
     "METADATA_KEY",
     "QUANT_METHOD",
@@ -42,6 +43,8 @@ VERSION = 1
 """Of the layout; readers refuse any other."""
 QUANT_METHOD = METADATA_KEY = "secateur"
 CHECKSUM = "crc32"
+DENSE = "dense"
+"""Stands where a format is asked for and tensors are to be stored as they are."""
 
 
 class Format(ABC):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint.headers import Headers
-from secateur.checkpoint.safetensors_file import read_tensors
+from secateur.checkpoint.packing import Packed
+from secateur.checkpoint.safetensors_file import read_packed, read_tensors
 from secateur.checkpoint.safetensors_header import TensorInfo
 from secateur.core.errors import CheckpointError
 
@@ -49,6 +50,17 @@ class Checkpoint(Headers):
             for name in wanted:
                 _require_finite(self.folder / self.tensors[name].file, name, found[name])
         return {name: found[name] for name in wanted}
+
+    def read_packed(self, name: str) -> Packed:
+        """A packed tensor as it is stored.
+
+        Raises:
+            CheckpointError: a name that is not there or not packed, or damaged parts.
+        """
+        info = self.tensors.get(name)
+        if info is None or not info.parts:
+            raise CheckpointError(f"no packed tensor {name!r} in {self.folder}")
+        return read_packed(self.folder / info.file, info)
 
 
 def _require_finite(path: Path, name: str, tensor: Tensor) -> None:

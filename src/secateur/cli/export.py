@@ -14,9 +14,13 @@ def export(
     model: Annotated[str, Parameter(help="a folder, a hub id, or seedling")],
     /,
     *,
-    out: Annotated[Path, Parameter(name=["-o", "--out"], help="the GGUF file, or a folder for dense")],
+    out: Annotated[Path, Parameter(name=["-o", "--out"], help="the GGUF file, or a folder for the others")],
     format: Annotated[
-        str, Parameter(help="gguf (llama.cpp) or dense (uniform sizes, padded with zeros)")
+        str,
+        Parameter(
+            help="gguf (llama.cpp), dense (ordinary files: unpacked, or padded to uniform sizes), or packed: "
+            "bitmask (any zeros), nm (N:M patterns)"
+        ),
     ] = "gguf",
     dtype: Annotated[
         str | None, Parameter(help="of matrices in GGUF: f16, bf16, f32 or q8_0; default: as stored")
@@ -24,7 +28,7 @@ def export(
     tokenizer: Annotated[bool, Parameter(help="put the tokenizer into the GGUF file")] = True,
     json: AsJson = False,
 ) -> None:
-    """Write a checkpoint for llama.cpp, or padded to uniform sizes for engines that know no other.
+    """Write a checkpoint for llama.cpp, with packed weights, or as ordinary files for any other engine.
 
     Example: secateur export seedling -o seedling.gguf --dtype q8_0
     """

@@ -41,6 +41,9 @@ ScoresFile = Annotated[
 PlanFile = Annotated[
     str | None, Parameter(name="--plan", help="plan.json of a structured run on this model, to be applied")
 ]
+Storage = Annotated[
+    str, Parameter(help="how weights are stored: dense, bitmask (any zeros), or nm (N:M patterns)")
+]
 PatternText = Annotated[str, Parameter(help="unstructured, row, matrix, global or N:M (keep N of M inputs)")]
 AllocationName = Annotated[str, Parameter(help="uniform, owl or alpha")]
 CalibrationSource = Annotated[
@@ -75,6 +78,7 @@ def prune(
     device: Device = "auto",
     dtype: DTypeName = "auto",
     measure_speed: Annotated[bool, Parameter(help="measure prefill and decode before and after")] = True,
+    format: Storage = "dense",
     check_loading: Annotated[bool, Parameter(help="open the result in a fresh process")] = True,
     resume: Annotated[bool, Parameter(negative=(), help="go on where a killed run stopped")] = False,
     recipe: Annotated[
@@ -96,6 +100,7 @@ def prune(
         },
         "scores": scores, "text": text, "evaluation_windows": evaluation_windows, "seed": seed,
         "device": device, "dtype": dtype, "measure_speed": measure_speed, "check_loading": check_loading,
+        "format": format,
     }  # fmt: skip
     recipes = build_recipes(given, recipe)
 

@@ -52,6 +52,7 @@ def recover(
     device: Device = "auto",
     dtype: DTypeName = "auto",
     measure_speed: Annotated[bool, Parameter(help="measure prefill and decode before and after")] = False,
+    format: Annotated[str, Parameter(help="how weights are stored: dense, bitmask or nm")] = "dense",
     resume: Annotated[bool, Parameter(negative=(), help="go on where a killed run stopped")] = False,
     json: AsJson = False,
 ) -> None:
@@ -68,7 +69,7 @@ def recover(
         "length": length, "batch_size": batch_size, "learning_rate": learning_rate, "rank": rank,
         "validation_windows": validation_windows, "options": parse_options(option),
         "evaluation_text": evaluation_text, "evaluation_windows": evaluation_windows, "seed": seed,
-        "device": device, "dtype": dtype, "measure_speed": measure_speed,
+        "device": device, "dtype": dtype, "measure_speed": measure_speed, "format": format,
     }  # fmt: skip
     recipe = RecoveryRecipe.alone(given, "the command line")
     command = shlex.join(["secateur", *sys.argv[1:]])

@@ -34,12 +34,21 @@ def inspection(facts: Mapping[str, Any]) -> list[Any]:
         ("blocks", str(facts["blocks"])),
         ("parameters", f"{count(total)}, {count(prunable)} of them prunable ({share})"),
         ("weights", f"{size(facts['bytes'])} in {facts['shards']} file(s), {', '.join(facts['dtypes'])}"),
+        *_packing(facts),
         ("longest input", f"{facts['max_length_tokens']} tokens"),
         ("spaces", ", ".join(f"{name} {value}" for name, value in facts["spaces"].items())),
         ("tied", ", ".join(f"{a} = {b}" for a, b in facts["tied"].items()) or "nothing"),
         *((f"loads in {name}", answer) for name, answer in facts["loads_in"].items()),
     ]
     return [_facts(rows, facts["model"]), *(_kind(kind, facts["blocks"]) for kind in facts["block_kinds"])]
+
+
+def _packing(facts: Mapping[str, Any]) -> Rows:
+    if not facts["formats"]:
+        return []
+    kinds = ", ".join(f"{number} in {format}" for format, number in facts["formats"].items())
+    share = percent(facts["bytes"] / facts["dense_bytes"])
+    return [("packed tensors", f"{kinds}; {size(facts['dense_bytes'])} unpacked ({share} of that on disk)")]
 
 
 def _kind(kind: Mapping[str, Any], blocks: int) -> Table:

@@ -1,8 +1,8 @@
 """Open a checkpoint as a stranger would, and say how it went. Run in a process of its own by `reopen`.
 
-Nothing but transformers is needed: secateur must not be imported here.
+Nothing but transformers is needed: secateur must not be imported here, unless weights are packed.
 
-    python -c SOURCE FOLDER TRUST WHOLE
+    python -c SOURCE FOLDER TRUST WHOLE PACKED
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ TOKENS = 8
 Shapes = dict[str, list[int]]
 
 
-def main(folder: str, trust: bool, whole: bool) -> dict[str, Any]:
+def main(folder: str, trust: bool, whole: bool, packed: bool) -> dict[str, Any]:
     """The class that came up and what was done, or what went wrong."""
+    if packed:
+        import secateur  # noqa: F401 - lets transformers know the packed weights
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,18 +48,19 @@ def _misfit(model: Any, stored: Shapes) -> str:
 
 
 def _shapes(folder: Path) -> Shapes:
-    """Of all tensors on disk, from the headers of the files."""
+    """Of all tensors on disk, from the headers of the files; a packed one has a last axis of 0 there."""
     found: Shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return found
+        header.pop("__metadata__", None)
+        found |= {name: entry["shape"] for name, entry in header.items()}
+    return {name: shape[:-1] if shape and shape[-1] == 0 else shape for name, shape in found.items()}
 
 
 if __name__ == "__main__":
     try:
-        answer = main(sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "1")
+        answer = main(sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "1", sys.argv[4] == "1")
     except Exception as error:  # whatever goes wrong is the answer
         answer = {"class": "", "problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -8,27 +8,41 @@ from typing import Any
 from secateur.core.errors import InputError
 from secateur.formats.fit import fit
 from secateur.formats.form import Form
-from secateur.loading import CODE, MODEL_TYPE
+from secateur.loading import CODE, MODEL_TYPE, PACKED_CODE
 
 __all__ = ["loads_in"]
 
+UNPACK = "`secateur export --format dense` writes ordinary files"
 NOT_TRIED = "not tried here"
 STATED_HEAD_DIM = ("llama", "mistral", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mixtral", "phi3")
 """Families whose classes in vLLM take the width of a head from the config; others divide hidden_size."""
 
 
-def loads_in(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str]:
+def loads_in(
+    config: Mapping[str, Any], tensors: Iterable[str], *, formats: Iterable[str] = ()
+) -> dict[str, str]:
     """`yes: ...` or `no: ...` of transformers, vllm and gguf.
 
     Args:
         config: the content of config.json.
         tensors: names on disk.
+        formats: of the tensors that are packed.
 
     >>> loads_in({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, [])["transformers"]
     'yes: stock class LlamaForCausalLM'
     """
     form = Form.of(config, tensors)
-    return {"transformers": _transformers(config), "vllm": _vllm(config, form), "gguf": _gguf(config, form)}
+    kinds = sorted(set(formats))
+    answers = {
+        "transformers": _transformers(config),
+        "vllm": _vllm(config, form),
+        "gguf": _gguf(config, form),
+    }
+    if kinds:
+        packed = f"weights are packed ({', '.join(kinds)})"
+        answers["transformers"] = f"yes: {PACKED_CODE}, {packed}"
+        answers["vllm"] = f"no: {packed}; {UNPACK}"
+    return answers
 
 
 def _transformers(config: Mapping[str, Any]) -> str:

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["CODE", "MODEL_TYPE", "REMOTE_CODE", "register_when_needed"]
+__all__ = ["CODE", "MODEL_TYPE", "PACKED_CODE", "REMOTE_CODE", "register_when_needed"]
 
 MODEL_TYPE = "secateur"
 REMOTE_CODE = "modeling_secateur.py"
 """The file of this room that is also written beside checkpoints whose blocks differ."""
 CODE = "after `import secateur`, or with trust_remote_code=True"
 """What loading such a model takes."""
+PACKED_CODE = "after `import secateur`"
+"""What loading packed weights takes."""
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+AUTO_QUANTIZER = "transformers.quantizers.auto"
+Register = Callable[[ModuleType], None]
 
 
 def register_when_needed() -> None:
-    """Let the auto classes of transformers know the model type `secateur`: now if they are there, else as
-    soon as they are imported, since importing them takes seconds, which `import secateur` should not."""
-    if AUTO_CONFIG in sys.modules:
-        _register(sys.modules[AUTO_CONFIG])
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    """Let the auto classes of transformers know the model type `secateur`, and its quantizers the packed
+    weights: now if they are there, else as soon as they are imported, since importing them takes seconds,
+    which `import secateur` should not."""
+    waiting = dict(_REGISTER)
+    for name in [name for name in waiting if name in sys.modules]:
+        waiting.pop(name)(sys.modules[name])
+    if waiting and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch(waiting))
 
 
-def _register(module: ModuleType) -> None:
+def _register_models(module: ModuleType) -> None:
     module.CONFIG_MAPPING.register(MODEL_TYPE, _Config, exist_ok=True)
+
+
+def _register_quantizer(module: ModuleType) -> None:
+    importlib.import_module("secateur.storage.quantizer")  # registers itself
+
+
+_REGISTER: dict[str, Register] = {AUTO_CONFIG: _register_models, AUTO_QUANTIZER: _register_quantizer}
 
 
 class _Config:
@@ -45,27 +59,32 @@ class _Config:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Waits for one module, lets it be loaded as usual, and registers."""
+    """Waits for some modules, lets them be loaded as usual, and registers."""
+
+    def __init__(self, waiting: dict[str, Register]) -> None:
+        self._waiting = waiting
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != AUTO_CONFIG:
+        register = self._waiting.pop(name, None)
+        if register is None:
             return None
-        sys.meta_path.remove(self)
+        if not self._waiting:
+            sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(spec.loader, register)
         return spec
 
 
 class _ThenRegister(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, register: Register) -> None:
+        self._loader, self._register = loader, register
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _register(module)
+        self._register(module)

@@ -10,6 +10,7 @@ from pathlib import Path
 from shutil import rmtree
 
 from secateur.checkpoint.durable import write_bytes
+from secateur.checkpoint.packing import DENSE
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.errors import OutputError, RecipeError, ResumeError
 from secateur.core.progress import SILENT, Progress
@@ -59,7 +60,8 @@ def prune_chain(
         last = number == len(recipes)
         folder = out if last else between / str(number)
         checks = {key: getattr(recipe, key) and last for key in ("measure_speed", "check_loading")}
-        own = recipe.model_copy(update={"model": model, **checks})
+        form = recipe.format if last else DENSE
+        own = recipe.model_copy(update={"model": model, "format": form, **checks})
         report = _stage(own, folder, dense, stages, resume, command, progress)
         assert report is not None  # there is one process
         stages = report.stages or [report.as_stage()]

@@ -139,7 +139,7 @@ def load_windows_for(
 def _fits_on(device: torch.device, opened: Opened) -> bool:
     if device.type != "cuda":
         return False
-    return opened.checkpoint.nbytes < MEMORY_FRACTION / 2 * torch.cuda.mem_get_info(device)[0]
+    return opened.checkpoint.dense_nbytes < MEMORY_FRACTION / 2 * torch.cuda.mem_get_info(device)[0]
 
 
 def _refuse_if_too_large(opened: Opened) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import secateur
 from secateur.anatomy.cut import pad_block
 from secateur.anatomy.layout import FileLayout
+from secateur.checkpoint.packing import DENSE, FORMATS
 from secateur.checkpoint.place import require_disk
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.errors import CheckpointError, ExportError, InputError, OutputError
@@ -24,10 +26,11 @@ from secateur.formats.vocabulary import WITHOUT, Vocabulary, file_name, vocabula
 from secateur.loading import REMOTE_CODE
 from secateur.pipeline.opened import Opened, open_model
 from secateur.pipeline.state import part_name
+from secateur.pipeline.storing import write_stored
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["export"]
 
-FORMATS = ("gguf", "dense")
+GGUF = "gguf"
 NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
@@ -43,14 +46,15 @@ def export(
     tokenizer: bool = True,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Write a checkpoint as one GGUF file for llama.cpp, or padded to uniform sizes for any other engine.
+    """Write a checkpoint as one GGUF file for llama.cpp, as ordinary files for any other engine, or packed.
 
     Tensors are read, converted and written one after the other; the result takes its name when it is whole.
+    `dense` unpacks packed weights, and pads blocks that differ in size where none are packed.
 
     Args:
         model: local folder, hub id or `seedling`.
-        out: the GGUF file, or the folder of the padded checkpoint.
-        format: `gguf` or `dense`.
+        out: the GGUF file, or the folder of the checkpoint.
+        format: `gguf`, `dense`, or one of packed weights: `bitmask` or `nm`.
         dtype: of the matrices in a GGUF file: `f16`, `bf16`, `f32` or `q8_0`; by default as stored.
         tokenizer: put the tokenizer into the GGUF file.
 
@@ -67,17 +71,26 @@ def export(
     'llama'
     """
     started = time.perf_counter()
-    if format not in FORMATS:
-        raise InputError(f"format {format!r}", " or ".join(FORMATS))
-    if format == "gguf":
+    known = (GGUF, DENSE, *FORMATS.names())
+    if format not in known:
+        raise InputError(f"format {format!r}", " or ".join(known))
+    if format == GGUF:
         require_gguf()
-    if dtype is not None and (format != "gguf" or dtype not in DTYPES):
+    if dtype is not None and (format != GGUF or dtype not in DTYPES):
         raise InputError(f"dtype {dtype!r} for {format}", f"gguf with {', '.join(DTYPES)}", "leave it out")
     opened = open_model(model)
-    write = partial(_gguf, dtype=dtype, tokenizer=tokenizer) if format == "gguf" else _dense
-    facts = write(opened, Path(out).expanduser(), progress=progress)
+    facts = _writer(opened, format, dtype, tokenizer)(opened, Path(out).expanduser(), progress=progress)
     seconds = round(time.perf_counter() - started, 3)
     return {"model": str(model), "out": str(out), "format": format, **facts, "seconds": seconds}
+
+
+def _writer(opened: Opened, format: str, dtype: str | None, tokenizer: bool) -> Callable[..., dict[str, Any]]:
+    """What writes a format."""
+    if format == GGUF:
+        return partial(_gguf, dtype=dtype, tokenizer=tokenizer)
+    if format != DENSE or opened.checkpoint.formats:
+        return partial(write_stored, format=format)
+    return _dense
 
 
 def _gguf(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,14 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "architecture": known.architecture,
         **known.anatomy.summary(),
         "bytes": headers.nbytes,
+        "dense_bytes": headers.dense_nbytes,
+        "formats": dict(Counter(headers.formats.values())),
         "shards": len(headers.shards),
         "dtypes": dtypes,
         "max_length_tokens": known.max_length,
         "tensors": len(headers.tensors),
         "untouched_tensors": list(known.layout.untouched),
-        "loads_in": loads_in(headers.config, headers.tensors),
+        "loads_in": loads_in(headers.config, headers.tensors, formats=headers.formats.values()),
         "fingerprint": headers.fingerprint(),
     }
 

@@ -16,15 +16,16 @@ def found_to_load(model: Opened, *, try_it: bool = True) -> dict[str, str]:
 
     Args:
         model: the files as they will be published, with the code they bring along.
-        try_it: open them in a fresh process with transformers alone.
+        try_it: open them in a fresh process with transformers alone, packed ones after `import secateur`.
     """
     checkpoint = model.checkpoint
-    answers = loads_in(checkpoint.config, checkpoint.tensors)
+    answers = loads_in(checkpoint.config, checkpoint.tensors, formats=checkpoint.formats.values())
     if try_it:
         answers["transformers"] = reopen.reopen(
             checkpoint.folder,
             own_code=not is_stock(checkpoint.config),
-            nbytes=checkpoint.nbytes,
+            packed=bool(checkpoint.formats),
+            nbytes=checkpoint.dense_nbytes,
             free_bytes=available_memory_bytes(),
         )
     return answers

@@ -143,23 +143,25 @@ class OnlinePruner:
         experts: Any = owner.get_submodule(mixture.module)
         self.counts[block] = torch.zeros(2, dtype=torch.int64, device=next(owner.parameters()).device)
 
+        # what points behind the last expert is skipped by most implementations of experts, once this is set
+        before = getattr(experts, "_is_expert_parallel", None)
+        if before is not None:
+            experts._is_expert_parallel = True
+            self._undo.callback(setattr, experts, "_is_expert_parallel", before)
+        skips = _skips(experts, mixture)
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             routes = next(tensor for tensor in tensors[1:] if not tensor.is_floating_point())
             gates = next(tensor for tensor in tensors[1:] if tensor.is_floating_point())
             drop = self._dropped(block, tensors[0], gates)
-            new = reroute(routes, gates, drop, mixture.count, rule)
-            swap = {id(routes): new[0], id(gates): new[1]}
+            to, weights = reroute(routes, gates, drop, mixture.count, rule)
+            swap = {id(routes): to if skips else routes, id(gates): weights}
             swapped = {name: swap.get(id(value), value) for name, value in kwargs.items()}
             return tuple(swap.get(id(value), value) for value in args), swapped
 
         handle = experts.register_forward_pre_hook(hook, with_kwargs=True)
         self._undo.callback(handle.remove)
-        # what points behind the last expert is skipped by the implementations of experts when this is set
-        before = getattr(experts, "_is_expert_parallel", None)
-        if before is not None:
-            experts._is_expert_parallel = True
-            self._undo.callback(setattr, experts, "_is_expert_parallel", before)
 
     def _dropped(self, block: int, rows: Tensor, gates: Tensor) -> Tensor:
         """(tokens, k) bool of (tokens, d) rows and their gates; the counts are brought up to date."""
@@ -220,6 +222,19 @@ def _mixtures(model: PreTrainedModel) -> dict[int, tuple[nn.Module, Mixture]]:
     if not found:
         raise InputError(f"{type(model).__name__}, which has no routed experts", "a mixture of experts")
     return found
+
+
+def _skips(experts: nn.Module, mixture: Mixture) -> bool:
+    """Whether the module leaves out a route behind its last expert; where not, weight zero has to do."""
+    weight = next(experts.parameters())
+    row = weight.new_zeros(1, mixture.stacks[0].shape[1])
+    route = torch.full((1, 1), mixture.count, device=weight.device)
+    try:
+        with torch.no_grad():
+            experts(row, route, weight.new_zeros(1, 1))
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 def _watching(base: str) -> str:

@@ -21,12 +21,13 @@ from secateur.pipeline.loadable import found_to_load
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.plans.decode_costs import DECODE, DecodeTable
 from secateur.pipeline.published import add_code, copy_outer, published_files
-from secateur.pipeline.record import Sizes, build_report, structure_facts
+from secateur.pipeline.record import Sizes, build_report, storage_facts, structure_facts
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.verify import verify
 from secateur.pipeline.ways.table import checked_method, measured_decode, observes, prune_blocks_of
 from secateur.recipe import Recipe
 from secateur.report.model import Report, Stage
+from secateur.storage.packer import packer_for
 
 __all__ = ["prune_checkpoint"]
 
@@ -78,7 +79,10 @@ def prune_checkpoint(
             decode = measured_decode(opened, method, recipe, progress, cache if resume else None)
         decode = DecodeTable.shared(decode, group)
         marks = fingerprint(recipe, opened, data)
-        writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume) if first else None
+        pack = packer_for(recipe.format)
+        writer = None
+        if first:
+            writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume, pack=pack)
         with writer or nullcontext():
             if writer and writer.merged:
                 writer.finish()
@@ -122,6 +126,7 @@ def _judge(
         outcome=outcome,
         verdict=verdict,
         structure=structure_facts(models, outcome) if run.method.family == "structure" else None,
+        storage=storage_facts(models[1].checkpoint, run.recipe.format),
         calibration=run.data.calibration if observes(run.method, run.recipe) else None,
         loads_in=found_to_load(models[1], try_it=run.recipe.check_loading),
         fingerprint=marks,

@@ -16,6 +16,7 @@ import secateur
 from secateur.anatomy.costs import cached_values_per_token, macs_per_token, non_embedding_parameters
 from secateur.anatomy.model import Anatomy
 from secateur.calibration.windows import Windows
+from secateur.checkpoint.packing import DENSE
 from secateur.checkpoint.reader import Checkpoint
 from secateur.core.method import Method
 from secateur.evaluation.memory import machine_facts
@@ -24,9 +25,9 @@ from secateur.pipeline.state import Outcome
 from secateur.pipeline.verify import Verdict
 from secateur.recipe import Recipe
 from secateur.report.effect import effect
-from secateur.report.model import Calibration, Machine, Protocol, Report, Structure
+from secateur.report.model import Calibration, Machine, Protocol, Report, Storage, Structure
 
-__all__ = ["Sizes", "build_report", "digest", "running_costs", "structure_facts", "versions"]
+__all__ = ["Sizes", "build_report", "digest", "running_costs", "storage_facts", "structure_facts", "versions"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def build_report(
     verdict: Verdict,
     loads_in: dict[str, str] | None = None,
     structure: dict[str, Any] | None = None,
+    storage: Storage | None = None,
     calibration: Windows | None,
     fingerprint: dict[str, Any],
     command: str,
@@ -120,18 +122,32 @@ def build_report(
         command=command,
         fingerprint=digest(fingerprint),
         effect=effect(
-            recipe.pattern, sparsity, removes=method.removes,
+            recipe.pattern, sparsity, removes=method.removes, storage=storage.format if storage else DENSE,
             bytes_before=sizes.bytes_before, bytes_after=sizes.bytes_after,
         ),
         loads_in=loads_in or {},
         budget=recipe.budget,
         structure=None if structure is None else Structure.model_validate(structure),
         precision=outcome.precision,
+        storage=storage,
         layers=outcome.layers,
         blocks=outcome.blocks,
         warnings=outcome.warnings,
         not_measured=missing,
     )  # fmt: skip
+
+
+def storage_facts(checkpoint: Checkpoint, format: str) -> Storage | None:
+    """How the tensors of a result are stored; None where dense files were asked for."""
+    if format == DENSE:
+        return None
+    packed = len(checkpoint.formats)
+    return Storage(
+        format=format,
+        tensors_packed=packed,
+        tensors_plain=len(checkpoint.tensors) - packed,
+        dense_bytes=checkpoint.dense_nbytes,
+    )
 
 
 def _calibration(windows: Windows) -> Calibration:

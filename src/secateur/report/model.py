@@ -223,6 +223,16 @@ class Look(_Part):
     learning_rate: float
 
 
+class Storage(_Part):
+    """Files with packed tensors: `tensors_plain` would not have become smaller in `format`; `dense_bytes` is
+    what the same tensors take unpacked."""
+
+    format: str
+    tensors_packed: Count
+    tensors_plain: Count
+    dense_bytes: Count
+
+
 class Recovery(_Part):
     """How a model was mended.
 
@@ -299,6 +309,7 @@ class Report(_Part):
     blocks: list[Block] = Field(default_factory=list)
     stages: list[Stage] = Field(default_factory=list)
     recovery: Recovery | None = None
+    storage: Storage | None = None
     warnings: list[Text] = Field(default_factory=list)
     not_measured: dict[str, str] = Field(default_factory=dict)
 

@@ -2,8 +2,8 @@
 
 Parts of a tensor with R rows (all axes but the last) of C columns, z of whose elements are stored:
 
-    mask    uint8 (R, ceil(C / 8))  (i, j) is stored when bit j % 8, the least first, of byte (i, j // 8) is set;
-                                    bits beyond column C are 0
+    mask    uint8 (R, ceil(C / 8))  (i, j) is stored when bit j % 8, the least first, of byte (i, j // 8) is
+                                    set; bits beyond column C are 0
     values  dtype (z,)              the stored elements, row after row
 
 Bits: 1 + (1 - sparsity) * 16 an element in bfloat16. What is not stored is +0.0: an element with any bit set,

@@ -7,13 +7,19 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from secateur.checkpoint.packing import DENSE
 from secateur.core.errors import InputError
 from secateur.storage.formats import FORMATS, Packed
 
-__all__ = ["Packer"]
+__all__ = ["Packer", "packer_for"]
 
 ENTRIES_BYTES = 512
 """What the entries of a packed tensor take in the header of a file, about."""
+
+
+def packer_for(format: str) -> Packer | None:
+    """What packs in a format; None for `dense`. Raises `RecipeError` for an unknown one."""
+    return None if format == DENSE else Packer(format)
 
 
 class Packer:

@@ -22,6 +22,7 @@ from secateur.pipeline.opened import Opened, choose_device, open_model
 from secateur.pipeline.published import add_code, copy_outer, published_files
 from secateur.recipe import RecoveryRecipe
 from secateur.report.model import Report, Stage
+from secateur.storage.packer import packer_for
 
 __all__ = ["recover_checkpoint"]
 
@@ -71,7 +72,8 @@ def recover_checkpoint(
     cache = out / ".secateur" / "scratch"
     data = load_recovery_data(judge, recipe, progress, cache if resume else None)
     marks = _fingerprint(job, data)
-    with CheckpointWriter(out, opened.checkpoint, marks, resume=resume) as writer:
+    pack = packer_for(recipe.format)
+    with CheckpointWriter(out, opened.checkpoint, marks, resume=resume, pack=pack) as writer:
         if writer.merged:
             writer.finish()
             return Report.load(out)

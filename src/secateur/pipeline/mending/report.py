@@ -13,7 +13,7 @@ from secateur.pipeline.loadable import found_to_load
 from secateur.pipeline.mending.data import RecoveryData
 from secateur.pipeline.mending.training import Mended, Mending, count_zeros
 from secateur.pipeline.opened import Opened, choose_dtype
-from secateur.pipeline.record import digest, versions
+from secateur.pipeline.record import digest, storage_facts, versions
 from secateur.pipeline.verify import verify
 from secateur.report.model import FILE_NAME, RECOVERY, Look, Machine, Protocol, Recovery, Report, Stage
 
@@ -91,6 +91,7 @@ def recovery_report(
         loss_definition=LOSS,
         layers=mended.layers,
         recovery=_recovery(job, data, mended, given),
+        storage=storage_facts(after, job.recipe.format),
         warnings=mended.warnings,
         not_measured=missing,
     )

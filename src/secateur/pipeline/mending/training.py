@@ -249,7 +249,7 @@ def _spread(opened: Opened, device: torch.device) -> bool:
     """Whether accelerate shall place the blocks on several GPUs: where one cannot hold them twice."""
     if device.type != "cuda" or len(_places(device)) < 2:
         return False
-    return 2 * opened.checkpoint.nbytes > torch.cuda.mem_get_info(device)[0]
+    return 2 * opened.checkpoint.dense_nbytes > torch.cuda.mem_get_info(device)[0]
 
 
 def _refit(job: Mending, method: Refit, data: RecoveryData, writer: CheckpointWriter) -> Mended:

@@ -233,7 +233,7 @@ def _linear_goal(
 ) -> tuple[Goal, float]:
     checkpoint, biases = opened.checkpoint, new_biases(opened, groups, method)
     in_bytes = kind == "bytes"
-    dense = checkpoint.nbytes if in_bytes else checkpoint.parameters
+    dense = checkpoint.dense_nbytes if in_bytes else checkpoint.parameters
     each = [unit_bytes(opened, group) if in_bytes else group[1].parameters for group in groups]
     whole = Result.of(opened, groups, [torch.arange(units.count) for _, units in groups], biases)
     most = whole.nbytes if in_bytes else whole.parameters  # with biases, the widest they can be

@@ -84,7 +84,7 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     if isinstance(method, StructureMethod):
         return structure_outcome(opened, method, recipe)
     anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
-    before, nbytes = opened.checkpoint.parameters, opened.checkpoint.nbytes
+    before, nbytes = opened.checkpoint.parameters, opened.checkpoint.dense_nbytes
     if isinstance(method, WeightMethod):
         return {
             "sparsity": sparsity,
@@ -137,7 +137,7 @@ def estimate(opened: Opened, recipe: Recipe, method: Method) -> Estimate:
     return Estimate(
         _memory(opened, method, dtype.itemsize, tokens, 2 * evaluation_tokens, batch_tokens),
         seconds,
-        int(2.1 * opened.checkpoint.nbytes) + _search_bytes(opened.anatomy, method, dtype.itemsize),
+        int(2.1 * opened.checkpoint.dense_nbytes) + _search_bytes(opened.anatomy, method, dtype.itemsize),
     )
 
 

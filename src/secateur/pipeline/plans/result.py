@@ -82,7 +82,7 @@ class Result:
         """Bytes of all its files."""
         indices = range(len(self.sizes))
         fewer = sum(self._fewer(index, element_bytes(self.opened, index)) for index in indices)
-        return self.opened.checkpoint.nbytes - fewer
+        return self.opened.checkpoint.dense_nbytes - fewer
 
     def _shapes(self) -> list[dict[str, Shape]]:
         pairs = zip(self.opened.anatomy.blocks, self.sizes, strict=True)
