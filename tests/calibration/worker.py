@@ -16,7 +16,7 @@ from secateur.calibration.gradients import collect_gradients
 from secateur.calibration.source import MemorySource
 from secateur.calibration.taylor import collect_taylor
 from secateur.calibration.windows import Windows
-from secateur.core.statistics import BACKWARD
+from secateur.core.statistics import BACKWARD, ROUTED
 
 FAMILY = "qwen3_moe"
 COUNT = 5
@@ -36,6 +36,11 @@ def results(part: Windows, group: Group | None, folder: Path) -> dict[str, Tenso
                 found[f"{name}.counts"] = torch.tensor([one.tokens, one.sequences])
                 found |= {f"{name}.square": one.second_moment, f"{name}.sum": one.mean}
                 found[f"{name}.hessian"] = one.hessian
+        routing = block.observe_routing(ROUTED)
+        assert routing is not None
+        found[f"{block.index}.routed"] = torch.tensor(routing.tokens)
+        for name in ("coactivation", "probabilities", "gates", "ratios", "norms", "means"):
+            found[f"{block.index}.{name}"] = getattr(routing, name)
         for matrix in block.block.matrices:
             matrix.view(block.parameters)[:, ::2] = 0
         found[f"{block.index}.error"] = torch.tensor(block.finish())

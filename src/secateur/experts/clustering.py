@@ -15,7 +15,7 @@ Linkage = Literal["complete", "average", "stun"]
 Cluster = tuple[int, ...]
 """Members, sorted."""
 
-THRESHOLDS = 512
+THRESHOLDS = 256
 """Most thresholds that `Rejection` looks at; more distinct distances are thinned out evenly."""
 
 
@@ -114,19 +114,21 @@ def published_clusters(distance: np.ndarray, threshold: float) -> list[Cluster]:
     count = len(distance)
     left, right = np.triu_indices(count, 1)
     order = np.argsort(distance[left, right], kind="stable")
+    order = order[: np.searchsorted(distance[left, right][order], threshold)]
     free = distance.tolist()
     for one in range(count):
         free[one][one] = np.inf
     members = [[one] for one in range(count)]
     for u, v in zip(left[order].tolist(), right[order].tolist(), strict=True):
-        if distance[u, v] >= threshold:
-            break
-        looked_at = [(a, v) for a in members[u]] + [(b, u) for b in members[v]]
-        merge = all(free[a][b] < threshold for a, b in looked_at)
-        for a, b in looked_at if merge else [(u, v)]:
-            free[a][b] = free[b][a] = np.inf
-        if merge:
-            members[u].extend(members[v])
-            for one in members[v]:
-                members[one] = members[u]
+        if free[u][v] == np.inf:
+            continue
+        ours, theirs = members[u], members[v]
+        if max(map(free[v].__getitem__, ours)) < threshold > max(map(free[u].__getitem__, theirs)):
+            for one, others in ((v, ours), (u, theirs)):
+                for other in others:
+                    free[one][other] = free[other][one] = np.inf
+            ours.extend(theirs)
+            for one in theirs:
+                members[one] = ours
+        free[u][v] = free[v][u] = np.inf
     return sorted({tuple(sorted(part)) for part in members})
