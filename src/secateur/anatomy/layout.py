@@ -20,7 +20,7 @@ from secateur.core.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FileLayout"]
+__all__ = ["FileLayout", "Piece"]
 
 EXPERT = "*"
 

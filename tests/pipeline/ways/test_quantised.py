@@ -1,4 +1,4 @@
-"""Runs that store weights in few bits: what is written is what was rounded, loads, and goes on after a kill."""
+"""Runs that store weights in few bits: what is written is what was rounded, loads, and survives a kill."""
 
 from __future__ import annotations
 
