@@ -53,10 +53,12 @@ class Format(ABC):
     Class variables:
         id: name on the command line, in config.json and in the files.
         parts: the parts that a packed tensor of this format always has.
+        exact: `unpack` gives back what `pack` was given; others are for methods that round.
     """
 
     id: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    exact: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

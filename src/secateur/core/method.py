@@ -11,7 +11,10 @@ from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.registry import Registry
 from secateur.core.statistics import Statistic
 
-__all__ = ["METHODS", "Method", "Paper", "methods_of"]
+__all__ = ["BITS", "METHODS", "Method", "Paper", "methods_of"]
+
+BITS = "bits of the weights"
+"""What goes where no weight goes."""
 
 ROOMS = {
     "weights": ("random", "magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "gblm"),

@@ -52,6 +52,10 @@ class McMoe(PrecisionMethod):
     three_bits: int = Field(1, ge=0, description="experts of a block that get three bits at least")
 
     @property
+    def average_bits(self) -> float:
+        return self.bits
+
+    @property
     def levels(self) -> tuple[int, ...]:
         return LEVELS
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from secateur.core.method import Method
+from secateur.core.method import BITS, Method
 from secateur.core.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class PrecisionMethod(Method):
     """
 
     family: ClassVar[str] = "precision"
-    removes: ClassVar[str] = "bits of the weights"
+    removes: ClassVar[str] = BITS
     effect: ClassVar[str] = (
         "fewer bytes on disk; the arithmetic is that of the dense model, with the weights unpacked"
     )
@@ -74,6 +74,11 @@ class PrecisionMethod(Method):
     def levels(self) -> tuple[int, ...]:
         """Bits whose errors are wanted of every expert; none: nothing is observed before rounding."""
         return ()
+
+    @property
+    def average_bits(self) -> float:
+        """Bits of a weight of the experts that are asked for."""
+        raise NotImplementedError
 
     @property
     def other_bits(self) -> int:

@@ -22,6 +22,10 @@ class UniformBits(PrecisionMethod):
     bits: int = Field(3, ge=1, le=8, description="of a weight of an expert, without scales")
 
     @property
+    def average_bits(self) -> float:
+        return self.bits
+
+    @property
     def other_bits(self) -> int:
         return self.bits
 

@@ -335,6 +335,8 @@ class Report(_Part):
     @property
     def title(self) -> str:
         """What was done, in two words."""
+        if self.precision:
+            return f"{self.method} {self.precision.stored_bits_matrices or 0:.2f} bits"
         return f"{self.method} recovery" if self.recovery else f"{self.method} {percent(self.sparsity)}"
 
     def fallbacks(self) -> Iterator[tuple[str, list[Layer]]]:

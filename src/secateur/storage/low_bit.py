@@ -28,6 +28,7 @@ class LowBit(Format):
 
     id: ClassVar[str] = "low-bit"
     parts: ClassVar[tuple[str, ...]] = PARTS
+    exact: ClassVar[bool] = False
 
     @classmethod
     def pack(

@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
         return sum(part.nbytes for part in self.parts.values())
 
     def unpacked(self) -> Tensor:
-        """The weight, (outputs, inputs), computed anew; rounded to the dtype of the file, as a dense one is."""
+        """The weight, (outputs, inputs), computed anew; in the dtype of the file first, as a dense one is."""
         shape = (self.out_features, self.in_features)
         weight = FORMATS.get(self.format).unpack(self.parts, shape, self._stored)
         return weight.to(self.weight.dtype)

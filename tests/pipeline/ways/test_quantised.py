@@ -191,3 +191,27 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises(error, match=words):
         prune(model, tmp_path / "out", text, **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_the_bytes_that_come_out(text: Path, tmp_path: Path) -> None:
+    model = save_tiny("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    planned = secateur.plan(model, method="mc-moe", options={**FEW, "bits": 2.0})
+    report = prune(model, tmp_path / "out", text, options={"bits": 2.0})
+    assert planned["bytes_before"] == report.bytes_before
+    assert planned["bytes_after"] == pytest.approx(report.bytes_after, rel=0.02)
+    assert "fewer bits" in planned["effect"]
+    assert "fewer bits" in report.effect
+
+
+def test_rounding_is_no_format_of_other_runs(text: Path, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with pytest.raises(RecipeError, match="which rounds"):
+        secateur.prune(
+            model,
+            tmp_path / "out",
+            method="magnitude",
+            sparsity=0.5,
+            format="low-bit",
+            calibration=str(text),
+        )
+    assert not (tmp_path / "out").exists()
