@@ -19,23 +19,29 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """(..., columns) uint8 below 2**bits, to (..., bytes) uint8; a row ends with zeros up to a whole byte."""
     count, width = _unit(bits)
     columns = codes.shape[-1]
-    padded = torch.nn.functional.pad(codes, (0, -columns % count)).unflatten(-1, (-1, count))
-    word = (padded.to(_word(width)) << _shifts(count, bits, codes.device)).sum(-1, keepdim=True)
+    units = _in_units(codes, count).to(_word(width))
+    word = (units << _shifts(count, bits, codes.device)).sum(-1, keepdim=True)
     stream = (word >> _shifts(width, 8, codes.device)) & 255
-    return stream.to(torch.uint8).flatten(-2)[..., : row_bytes(columns, bits)].contiguous()
+    packed: Tensor = stream.to(torch.uint8).flatten(-2)[..., : row_bytes(columns, bits)]
+    return packed.contiguous()
 
 
 def unpack_codes(stream: Tensor, bits: int, columns: int) -> Tensor:
     """The (..., columns) uint8 codes of (..., bytes) uint8."""
     count, width = _unit(bits)
-    padded = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % width)).unflatten(-1, (-1, width))
-    if width == 1:
-        word = padded
-    else:
-        wide = padded.to(_word(width)) << _shifts(width, 8, stream.device)
+    word = _in_units(stream, width)
+    if width > 1:
+        wide = word.to(_word(width)) << _shifts(width, 8, stream.device)
         word = wide.sum(-1, keepdim=True, dtype=wide.dtype)
     codes = (word >> _shifts(count, bits, stream.device)) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten(-2)[..., :columns].contiguous()
+    found: Tensor = codes.to(torch.uint8).flatten(-2)[..., :columns]
+    return found.contiguous()
+
+
+def _in_units(tensor: Tensor, size: int) -> Tensor:
+    """(..., columns) as (..., units, size), filled up with zeros."""
+    padded = torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % size))
+    return padded.view(*padded.shape[:-1], -1, size)
 
 
 def _unit(bits: int) -> tuple[int, int]:

@@ -11,8 +11,8 @@ __all__ = ["ADVICE", "effect"]
 ADVICE = "Measure with `secateur bench`; the reasons are in docs/troubleshooting.md#why-is-it-not-faster."
 
 UNPACKED = (
-    "transformers unpacks them while it loads, or keeps them packed and unpacks them in every step, which takes "
-    "less memory and more time; neither is faster than the dense model."
+    "transformers unpacks them while it loads, or keeps them packed and unpacks them in every step, which "
+    "takes less memory and more time; neither is faster than the dense model."
 )
 
 

@@ -1,4 +1,4 @@
-"""Routed experts whose weights stay packed in memory: those that a token visits are unpacked one at a time."""
+"""Routed experts whose weights stay packed in memory; those that are visited are unpacked one at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PackedExperts(nn.Module):
 
     Attributes:
         experts: the stock module, for its activation; its parameters are stand-ins without elements.
-        first, second: the matrices of each expert; one that is stored as several has them in order of its rows.
+        first, second: the matrices of each expert; one that is stored in parts has them in order of its rows.
 
     Args:
         experts: the stock module.
@@ -53,8 +53,9 @@ class PackedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, routes: Tensor, gates: Tensor) -> Tensor:
         """(tokens, d) of (tokens, d) hidden states, (tokens, k) routes and their weights."""
         output = torch.zeros_like(hidden_states)
-        for expert in routes.unique().tolist():
-            if expert < len(self.first):
+        visits = torch.bincount(routes.flatten(), minlength=len(self.first)).tolist()
+        for expert in range(len(self.first)):
+            if visits[expert]:
                 tokens, slots = torch.where(routes == expert)
                 own = self._expert(expert, hidden_states[tokens]) * gates[tokens, slots, None]
                 output.index_add_(0, tokens, own.to(output.dtype))

@@ -36,7 +36,11 @@ class Removal:
 
     def fix(self, columns: slice, diagonal: Tensor) -> Fix:
         share = (~self.kept[columns]) / diagonal
-        return lambda column, weight, error: torch.mul(weight, share[column], out=error)
+
+        def fix(column: int, weight: Tensor, error: Tensor) -> None:
+            torch.mul(weight, share[column], out=error)
+
+        return fix
 
     def settle(self, columns: slice, weight: Tensor) -> None:
         weight.masked_fill_(~self.kept[columns], 0.0)
