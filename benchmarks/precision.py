@@ -152,8 +152,8 @@ def main() -> None:
         dropped = [*online(dense, "dense", plan, windows), *online(small, "mc-moe, 2 bits", plan, windows)]
     name = Path(arguments.model).name
     notes = (
-        f"{arguments.test_windows} windows of {arguments.length} tokens of {arguments.test.name} (perplexity of "
-        f"the dense model {perplexity(dense, windows):.2f}) and of {arguments.other.name}; calibration "
+        f"{arguments.test_windows} windows of {arguments.length} tokens of {arguments.test.name} (perplexity "
+        f"of the dense model {perplexity(dense, windows):.2f}) and of {arguments.other.name}; calibration "
         f"{arguments.samples} windows of {arguments.calibration.name}."
     )
     heads = [

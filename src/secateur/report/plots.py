@@ -21,7 +21,8 @@ def pictures(report: Report) -> Markup:
     if report.recovery:
         figures = [quality, _training(report.recovery)]
         return element("div", figures, class_="figures")
-    figures = [quality, _sparsity(stack, wide=quality is None), _loss(report, stack)]
+    amounts = (_bits if report.precision else _sparsity)(stack, wide=quality is None)
+    figures = [quality, amounts, _loss(report, stack)]
     reasons = [element("p", absent(prose(f"Not drawn: {words}."))) for words in _missing(report)]
     return join([element("div", figures, class_="figures"), reasons])
 
@@ -98,6 +99,34 @@ def _sparsity(stack: Stack, *, wide: bool) -> Markup | None:
     numbers = stack.numbers({"Asked for": {**wanted}}, lambda layer: layer.sparsity, percent)
     x = axis("block", stack.blocks, whole=True)
     return figure("Sparsity of each layer", _extremes(stack), x, y, series, numbers, wide=wide)
+
+
+def _bits(stack: Stack, *, wide: bool) -> Markup | None:
+    """Bits of the codes, a line a kind of matrix: the mean of its experts, and the fewest and most."""
+
+    def bits(layer: Layer) -> float:
+        return layer.notes.get("bits", 0.0)
+
+    series = []
+    for index, (name, group) in enumerate(stack.kinds.items()):
+        by_block = grouped(group, lambda layer: layer.block)
+        points = tuple(
+            Point(
+                block,
+                sum(map(bits, own)) / len(own),
+                f"block {block}: " + ", ".join(f"{layer.matrix} {number(bits(layer))}" for layer in own),
+                span=(min(map(bits, own)), max(map(bits, own))),
+            )
+            for block, own in by_block.items()
+        )
+        series.append(Series(name, points, index, index, small=True))
+    if not series:
+        return None
+    y = axis("Bits of a weight", [bits(layer) for layer in stack.layers], include=(0,))
+    x = axis("block", stack.blocks, whole=True)
+    caption = "Without scales. Where experts differ, their mean, with the fewest and the most."
+    numbers = stack.numbers({}, bits, number)
+    return figure("Bits of each layer", caption, x, y, series, numbers, wide=wide)
 
 
 def _reached(block: int, mean: float, group: list[Layer]) -> Point:
