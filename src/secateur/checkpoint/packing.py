@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from secateur.core.pattern import Pattern
+
 __all__ = [
     "CHECKSUM",
     "DENSE",
@@ -85,6 +87,13 @@ class Format(ABC):
 
         All of `cls.parts` are there, and their bytes are those that were written.
         """
+
+    @classmethod
+    def expected_bytes(
+        cls, shape: tuple[int, ...], itemsize: int, sparsity: float, pattern: Pattern
+    ) -> int | None:
+        """Of the parts of a tensor that is yet to be pruned to this; None where that is not known."""
+        return None
 
 
 FORMATS: Registry[type[Format]] = Registry(
@@ -234,5 +243,5 @@ def _checksum(parts: Mapping[str, Tensor]) -> int:
     value = 0
     for _, part in sorted(parts.items()):
         flat = part.detach().cpu().contiguous().view(-1)
-        value = zlib.crc32(flat.view(torch.uint8).numpy(), value)
+        value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
     return value

@@ -62,6 +62,15 @@ class Checkpoint(Headers):
             raise CheckpointError(f"no packed tensor {name!r} in {self.folder}")
         return read_packed(self.folder / info.file, info)
 
+    def verify(self) -> None:
+        """Read every packed tensor once, one at a time, before work of which half would be no use.
+
+        Raises:
+            CheckpointError: naming the first that is damaged.
+        """
+        for name in self.formats:
+            self.read_packed(name)
+
 
 def _require_finite(path: Path, name: str, tensor: Tensor) -> None:
     """Raises `CheckpointError` naming the tensor and how many of its values are NaN or infinite."""

@@ -52,6 +52,7 @@ class CheckpointWriter:
             without `resume`, is being written by another process, or the disk is too small. Nothing has
             been created then.
         ResumeError: the unfinished run has another fingerprint.
+        CheckpointError: a packed tensor of the source is damaged.
 
     >>> with CheckpointWriter(out, source, {"sparsity": 0.5}, resume=True) as writer:  # doctest: +SKIP
     ...     writer.write("block 0", tensors, {"loss": 0.1})
@@ -72,6 +73,7 @@ class CheckpointWriter:
         self._parts, self._final, self._assembled = self._hidden / PARTS, self._hidden / "final", False
         require_place(self.out, source.folder)
         require_unlocked(self._hidden)
+        source.verify()
         self._find(fingerprint, resume)  # refuses before anything is created
         self._lock = self._begin()
         try:

@@ -28,6 +28,7 @@ from secateur.cli.prune import (
     PlanFile,
     ScoresFile,
     Sparsity,
+    Storage,
     build_recipes,
 )
 
@@ -45,6 +46,7 @@ def plan(
     plan_file: PlanFile = None,
     samples: Samples = 128,
     length: Length = None,
+    format: Storage = "dense",
     option: MethodOptions = None,
     allocation_option: AllocationOptions = None,
     device: Device = "auto",
@@ -60,6 +62,7 @@ def plan(
         "allocation": allocation, "scores": scores, "plan": plan_file,
         "options": parse_options(option), "allocation_options": parse_options(allocation_option),
         "calibration": {"samples": samples, "length": length}, "device": device, "dtype": dtype,
+        "format": format,
     }  # fmt: skip
     recipes = build_recipes(given, recipe)
 

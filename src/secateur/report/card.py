@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from secateur.loading import CODE
+from secateur.loading import CODE, PACKED_CODE
 from secateur.report.model import FILE_NAME, Report
 from secateur.report.verdict import rows, verdict
 
@@ -44,6 +44,8 @@ def model_card(report: Report, source: Path | None = None) -> str:
 _STOCK = "It is an ordinary checkpoint: whatever loads the dense model loads this one."
 _OWN_CODE = """Its blocks are not those of a stock class: `modeling_secateur.py` beside the weights builds
 them. Put `import secateur` before this, or pass `trust_remote_code=True` after reading that file."""
+_PACKED = """Its weights are packed: transformers reads them after `import secateur`, other engines do not.
+`secateur export FOLDER --format dense -o OUT` writes ordinary files that are equal bit for bit."""
 _LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,8 +57,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 def _loading(report: Report) -> str:
     engines = "\n".join(f"- {name}: {_plain(answer)}" for name, answer in report.loads_in.items())
-    own_code = CODE in report.loads_in.get("transformers", "")
-    return "\n\n".join(filter(None, (_OWN_CODE if own_code else _STOCK, _LOADING, engines)))
+    said = report.loads_in.get("transformers", "")
+    if CODE in said:
+        return "\n\n".join(filter(None, (_OWN_CODE, _LOADING, engines)))
+    if PACKED_CODE in said:
+        loading = _LOADING.replace("from transformers", "import secateur\nfrom transformers", 1)
+        return "\n\n".join((_PACKED, loading, engines))
+    return "\n\n".join(filter(None, (_STOCK, _LOADING, engines)))
 
 
 def _front(report: Report, source: Path | None) -> dict[str, Any]:

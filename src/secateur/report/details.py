@@ -47,6 +47,7 @@ def _run(report: Report) -> Pairs:
         *_bits(report),
         ("Sparsity asked for", data(percent(report.sparsity_requested), report.sparsity_requested)),
         ("Sparsity reached", data(percent(report.sparsity), report.sparsity)),
+        *_storage(report),
         ("Seed", data(str(report.seed), report.seed)),
         ("Time", _known(report, "seconds", duration)),
         ("Peak memory", _known(report, "peak_memory_bytes", size)),
@@ -69,6 +70,15 @@ def _bits(report: Report) -> Pairs:
         for name, bits, stored in pairs
         if bits is not None and stored is not None
     ]
+
+
+def _storage(report: Report) -> Pairs:
+    """How many tensors are packed, and what they would take otherwise."""
+    stored = report.storage
+    if stored is None:
+        return []
+    counts = f"{stored.tensors_packed} tensors packed, {stored.tensors_plain} as they are"
+    return [("Stored as", f"{stored.format}: {counts}; {size(stored.dense_bytes)} unpacked")]
 
 
 def _stages(report: Report) -> Pairs:

@@ -102,31 +102,23 @@ def _sparsity(stack: Stack, *, wide: bool) -> Markup | None:
 
 
 def _bits(stack: Stack, *, wide: bool) -> Markup | None:
-    """Bits of the codes, a line a kind of matrix: the mean of its experts, and the fewest and most."""
+    """A line a kind of matrix; experts count with their mean."""
 
     def bits(layer: Layer) -> float:
         return layer.notes.get("bits", 0.0)
 
     series = []
     for index, (name, group) in enumerate(stack.kinds.items()):
-        by_block = grouped(group, lambda layer: layer.block)
-        points = tuple(
-            Point(
-                block,
-                sum(map(bits, own)) / len(own),
-                f"block {block}: " + ", ".join(f"{layer.matrix} {number(bits(layer))}" for layer in own),
-                span=(min(map(bits, own)), max(map(bits, own))),
-            )
-            for block, own in by_block.items()
+        points = (
+            Point(layer.block, bits(layer), f"{where(layer)}: {number(bits(layer))}") for layer in group
         )
-        series.append(Series(name, points, index, index, small=True))
+        series.append(Series(name, tuple(points), index, index, small=True))
     if not series:
         return None
-    y = axis("Bits of a weight", [bits(layer) for layer in stack.layers], include=(0,))
+    y = axis("Bits of a weight", list(map(bits, stack.layers)), include=(0,))
     x = axis("block", stack.blocks, whole=True)
-    caption = "Without scales. Where experts differ, their mean, with the fewest and the most."
     numbers = stack.numbers({}, bits, number)
-    return figure("Bits of each layer", caption, x, y, series, numbers, wide=wide)
+    return figure("Bits of each layer", "Of codes, without scales.", x, y, series, numbers, wide=wide)
 
 
 def _reached(block: int, mean: float, group: list[Layer]) -> Point:

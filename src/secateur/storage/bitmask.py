@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import InputError
+from secateur.core.pattern import Pattern
 from secateur.storage.bits import as_matrix, not_zero, pack_bits, rows_and_columns, unpack_bits
 from secateur.storage.formats import FORMATS, Format, refused
 
@@ -75,6 +76,11 @@ class Bitmask(Format):
         count = int(row_offsets(mask)[-1])
         if values.ndim != 1 or len(values) != count:
             raise refused(name, f"its mask counts {count} values and {tuple(values.shape)} are there")
+
+    @classmethod
+    def expected_bytes(cls, shape: tuple[int, ...], itemsize: int, sparsity: float, pattern: Pattern) -> int:
+        rows, columns = rows_and_columns(shape)
+        return rows * -(-columns // 8) + round((1 - sparsity) * rows * columns) * itemsize
 
 
 def row_offsets(mask: Tensor) -> Tensor:

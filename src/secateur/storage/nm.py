@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import InputError
+from secateur.core.pattern import Pattern
 from secateur.storage.bits import as_matrix, not_zero, pack_bits, rows_and_columns, unpack_bits
 from secateur.storage.formats import FORMATS, Format, refused
 
@@ -87,6 +88,16 @@ class GroupsOfM(Format):
         places = _unpack_places(indices, values.numel(), _width(size)).view(values.shape)
         if bool((places >= size).any()) or bool((places[..., 1:] <= places[..., :-1]).any()):
             raise refused(name, f"its indices do not ascend within groups of {size}")
+
+    @classmethod
+    def expected_bytes(
+        cls, shape: tuple[int, ...], itemsize: int, sparsity: float, pattern: Pattern
+    ) -> int | None:
+        if pattern.kind != "n:m":
+            return None
+        rows, columns = rows_and_columns(shape)
+        kept = rows * columns * pattern.keep // pattern.of
+        return kept * itemsize - (-kept * _width(pattern.of) // 8)
 
 
 def _width(size: int) -> int:

@@ -26,6 +26,8 @@ class PackedLinear(nn.Module):
         bias: of the linear layer.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, packed: Packed, like: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape

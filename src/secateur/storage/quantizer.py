@@ -124,10 +124,8 @@ def _register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SecateurQuantizationConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SecateurQuantizer
     # whose `get_loading_attributes` count when files have a configuration of their own
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (
-        *auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
-        SecateurQuantizationConfig,
-    )
+    others = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", ())
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, SecateurQuantizationConfig)
 
 
 _register()

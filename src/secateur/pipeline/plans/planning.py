@@ -11,6 +11,7 @@ import torch
 
 from secateur.anatomy.model import Anatomy, Block
 from secateur.calibration.driver import BATCH_TOKENS
+from secateur.checkpoint.packing import DENSE, FORMATS
 from secateur.core.method import Method
 from secateur.core.numerics import exact_products
 from secateur.core.statistics import BACKWARD
@@ -95,14 +96,10 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
             "parameters_prunable": anatomy.prunable_parameters,
             "zeros_after": int(anatomy.prunable_parameters * sparsity),
             "parameters_after": before,
-            "bytes_after": nbytes,
+            "bytes_after": _stored_bytes(opened, recipe),
             "faster": False,
-            "effect": effect(recipe.pattern, sparsity, removes=method.removes),
-            "loads_in": {
-                "transformers": "yes: same class and configuration, dense files",
-                "vllm": "yes, as the dense model (it runs no sparse weights)",
-                "gguf": loads_in(opened.checkpoint.config, opened.checkpoint.tensors)["gguf"],
-            },
+            "effect": effect(recipe.pattern, sparsity, removes=method.removes, storage=recipe.format),
+            "loads_in": _loads_zeros(opened, recipe.format),
         }
     freed = int(anatomy.block_parameters * sparsity)
     after = nbytes - round(nbytes * freed / before)
@@ -122,6 +119,38 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
             "vllm": "where all blocks come out alike, else padded: `secateur export --format dense`",
             "gguf": "by `secateur export`; blocks that differ in llama, mistral, qwen2 and phi3 only",
         },
+    }
+
+
+def _stored_bytes(opened: Opened, recipe: Recipe) -> int:
+    """Of a result whose matrices have zeros, in the format asked for; dense where that is not known."""
+    whole = opened.checkpoint.dense_nbytes
+    if recipe.format == DENSE:
+        return whole
+    itemsize, sparsity, pattern = (
+        opened.stored_dtype.itemsize,
+        recipe.resolved_sparsity,
+        recipe.parsed_pattern,
+    )
+    form, saved = FORMATS.get(recipe.format), 0
+    for block in opened.anatomy.blocks:
+        for matrix in block.matrices:
+            if matrix.transposed and pattern.kind == "n:m" and recipe.format == "nm":
+                continue  # groups lie along the other axis in the file
+            packed = form.expected_bytes(matrix.shape, itemsize, sparsity, pattern)
+            dense = matrix.shape[0] * matrix.shape[1] * itemsize
+            saved += max(dense - packed, 0) if packed is not None else 0
+    return whole - saved
+
+
+def _loads_zeros(opened: Opened, format: str) -> dict[str, str]:
+    checkpoint = opened.checkpoint
+    if format != DENSE:
+        return loads_in(checkpoint.config, checkpoint.tensors, formats=[format])
+    return {
+        "transformers": "yes: same class and configuration, dense files",
+        "vllm": "yes, as the dense model (it runs no sparse weights)",
+        "gguf": loads_in(checkpoint.config, checkpoint.tensors)["gguf"],
     }
 
 
