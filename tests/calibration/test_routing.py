@@ -169,6 +169,26 @@ def test_only_what_is_needed_is_computed() -> None:
     assert not block.module.mlp.experts._forward_pre_hooks
 
 
+@pytest.mark.parametrize("count", [4, 8, 16])
+def test_work_is_one_output_a_token_for_each_expert_looked_at(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those a token visits for the norms, all n once for the means: linear in n, whatever the subsets."""
+    blocks = Driver(MemorySource(many_experts("mixtral", num_local_experts=count)), windows_of()).blocks()
+    block, seen = next(blocks), []
+    experts = type(block.module.mlp.experts)
+    whole = experts.forward
+    monkeypatch.setattr(
+        experts,
+        "forward",
+        lambda self, x, routes, ones: seen.append(routes.numel()) or whole(self, x, routes, ones),
+    )
+    for needs, outputs in (({"routing"}, 0), ({"expert_norms"}, K), ({"expert_means"}, count)):
+        seen.clear()
+        block.observe_routing(needs)
+        assert sum(seen) == outputs * 60
+
+
 def test_a_dense_block_has_no_experts() -> None:
     assert observe(tiny_model("llama"), windows_of()) == [None, None]
 

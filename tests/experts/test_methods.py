@@ -173,6 +173,18 @@ def test_which_member_stays() -> None:
     ).kept.tolist() == [1, 3]  # no visits are known: the first
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_of_a_pair_the_more_visited_stays(seed: int) -> None:
+    """Both are equally far from their mean, up to rounding."""
+    problem, pairs = planted(seed, noise=0.1)
+    counts = problem.observed.counts = (
+        torch.randperm(16, generator=torch.Generator().manual_seed(seed)).double() + 1
+    )
+    left = Stun().regroup(problem, torch.arange(8))
+    assert sorted(left.clusters) == pairs
+    assert left.kept.tolist() == sorted(max(pair, key=lambda one: counts[one]) for pair in pairs)
+
+
 def test_few_clusters_become_means() -> None:
     problem = three_in_a_row()
     left = Stun().regroup(problem, torch.arange(2))

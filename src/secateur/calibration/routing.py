@@ -130,7 +130,7 @@ class RoutingProbe:
         self._sums["tokens"] += len(routes)
         self._sums["gates"] += self._spread(routes, gates).sum(0)
         ordered = gates.sort(dim=1, descending=True).values
-        self._ratios.append((ordered[:, 1:] / ordered[:, :1]).half().cpu())
+        self._ratios.append((ordered[:, 1:] / ordered[:, :1].clamp_min(1e-30)).half().cpu())
 
     def _add_scores(self, routes: Tensor, gates: Tensor) -> None:
         """Probabilities as softmax and as sigmoid of the logits, and how far each is from the weights.
