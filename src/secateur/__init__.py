@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 from secateur.loading import register_when_needed
 
 if TYPE_CHECKING:
-    from secateur.api import bench, compare, evaluate, export, inspect, methods, plan, prune, recover
+    from secateur.api import (
+        bench,
+        compare,
+        evaluate,
+        export,
+        inspect,
+        methods,
+        plan,
+        prune,
+        prune_online,
+        recover,
+    )
     from secateur.core.errors import InputError, SecateurError
     from secateur.recipe import Recipe
     from secateur.storage.quantizer import SecateurQuantizationConfig
@@ -33,6 +44,7 @@ __all__ = [
     "methods",
     "plan",
     "prune",
+    "prune_online",
     "recover",
 ]
 

@@ -194,6 +194,14 @@ class Recipe(Job):
         given = [name for name in ("sparsity", "budget", "plan") if getattr(self, name) is not None]
         if len(given) > 1:
             raise RecipeError(" and ".join(given), "one of them", f"leave --{given[0]} out")
+        if method.sized_by:
+            if given:
+                raise RecipeError(
+                    f"a {given[0]} with method {self.method!r}",
+                    f"the option {method.sized_by}, which says how much goes",
+                    f"leave --{given[0]} out and give -O {method.sized_by}=...",
+                )
+            return
         if self.budget is None and self.plan is None:
             _ = self.resolved_sparsity
             return

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.core.errors import NumericsError
 from secateur.core.method import METHODS
 from secateur.core.selection import drop_count
-from secateur.weights.obs import hessian_factor
+from secateur.core.sweep import hessian_factor
 from secateur.weights.sparsegpt import SparseGPT
 from secateur.weights.wanda import Wanda
 

@@ -20,13 +20,13 @@ from secateur.core.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FileLayout"]
+__all__ = ["FileLayout", "Piece"]
 
 EXPERT = "*"
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A tensor on disk and where it lies in a parameter: which expert, which rows (`None`: all of them)."""
 
     name: str
@@ -45,7 +45,7 @@ class _Stored:
     """How one parameter is stored."""
 
     shape: Shape
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[Piece, ...]
 
     def assemble(self, tensors: Mapping[str, Tensor]) -> Tensor:
         first = tensors[self.pieces[0].name]
@@ -123,6 +123,10 @@ class FileLayout:
         """
         return {name: stored.assemble(tensors) for name, stored in self._chosen(index, only).items()}
 
+    def pieces(self, index: int, parameter: str) -> tuple[Piece, ...]:
+        """What one parameter of block `index` is stored as."""
+        return self._blocks[index][parameter].pieces
+
     def files_of(self, index: int, parameter: str) -> list[str]:
         """Names on disk of one parameter of block `index`."""
         return [piece.name for piece in self._blocks[index][parameter].pieces]
@@ -188,16 +192,16 @@ class FileLayout:
         """Ways in which a parameter of a block may be stored, the likeliest first."""
         shape = block.parameters[name]
         for prefix in self._prefixes(block.prefix + "."):
-            yield _Stored(shape, (_Piece(prefix + name, shape),))
+            yield _Stored(shape, (Piece(prefix + name, shape),))
             if name in self._anatomy.files:
                 yield _Stored(shape, tuple(self._pieces(block, name, prefix)))
 
     def _outer_forms(self, name: str, shape: Shape) -> Iterator[_Stored]:
         for candidate in (name, *self._anatomy.files.get(name, ())):
             for variant in self._prefixes(candidate):
-                yield _Stored(shape, (_Piece(variant, shape),))
+                yield _Stored(shape, (Piece(variant, shape),))
 
-    def _pieces(self, block: Block, name: str, prefix: str) -> Iterator[_Piece]:
+    def _pieces(self, block: Block, name: str, prefix: str) -> Iterator[Piece]:
         """The parts of a parameter: for each expert the row segments in order, one a name."""
         shape = block.parameters[name]
         patterns = [prefix + pattern for pattern in self._anatomy.files[name]]
@@ -207,7 +211,7 @@ class FileLayout:
         for expert in experts:
             for pattern, rows in zip(patterns, parts, strict=True):
                 size = plane if rows is None else (rows[1] - rows[0], *plane[1:])
-                yield _Piece(pattern.replace(EXPERT, str(expert)), size, expert, rows)
+                yield Piece(pattern.replace(EXPERT, str(expert)), size, expert, rows)
 
     def _prefixes(self, name: str) -> list[str]:
         """A full name, and the same without the prefix of the base model."""

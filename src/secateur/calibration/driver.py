@@ -7,6 +7,7 @@ blocks before it, while inside the block every matrix still sees the dense one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -251,18 +252,23 @@ class OpenBlock:
 
     def reaching(self, path: str) -> Iterator[Tensor]:
         """The real tokens that enter a submodule, (tokens, d) batch by batch; the block is run no further."""
-        held, seen = self._held, list[Tensor]()
+        for batch, tensors in self.calls(path):
+            yield batch.real(tensors[0])
+
+    def calls(self, path: str) -> Iterator[tuple[Batch, list[Tensor]]]:
+        """The tensors that a submodule is called with, batch by batch; the block is run no further."""
+        held, seen = self._held, list[list[Tensor]]()
         assert held is not None
 
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0])
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
             raise SeenError
 
-        hook = self.module.get_submodule(path).register_forward_pre_hook(stop)
+        hook = self.module.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
         try:
             for batch in held.batches:
                 self._run_until_seen(held, batch)
-                yield batch.real(seen.pop())
+                yield batch, seen.pop()
         finally:
             hook.remove()
 

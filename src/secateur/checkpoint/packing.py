@@ -55,10 +55,12 @@ class Format(ABC):
     Class variables:
         id: name on the command line, in config.json and in the files.
         parts: the parts that a packed tensor of this format always has.
+        exact: `unpack` gives back what `pack` was given; others are for methods that round.
     """
 
     id: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    exact: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
@@ -95,7 +97,13 @@ class Format(ABC):
 
 
 FORMATS: Registry[type[Format]] = Registry(
-    "format", "secateur.formats", {"bitmask": "secateur.storage.bitmask", "nm": "secateur.storage.nm"}
+    "format",
+    "secateur.formats",
+    {
+        "bitmask": "secateur.storage.bitmask",
+        "nm": "secateur.storage.nm",
+        "low-bit": "secateur.storage.low_bit",
+    },
 )
 """Formats of tensors; packages add theirs by the entry point group `secateur.formats`."""
 

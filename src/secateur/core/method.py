@@ -11,7 +11,10 @@ from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.registry import Registry
 from secateur.core.statistics import Statistic
 
-__all__ = ["METHODS", "Method", "Paper", "methods_of"]
+__all__ = ["BITS", "METHODS", "Method", "Paper", "methods_of"]
+
+BITS = "bits of the weights"
+"""What goes where no weight goes."""
 
 ROOMS = {
     "weights": ("random", "magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "gblm"),
@@ -31,7 +34,15 @@ ROOMS = {
         "minitron",
         "slicegpt",
     ),
-    "experts": ("random-experts", "frequency-experts", "reap", "stun", "merge-experts"),
+    "experts": (
+        "random-experts",
+        "frequency-experts",
+        "reap",
+        "stun",
+        "merge-experts",
+        "mc-moe",
+        "uniform-bits",
+    ),
 }
 """The methods that come with secateur; each is a file of its room."""
 
@@ -59,6 +70,7 @@ class Method(BaseModel):
         removes: the unit that goes.
         effect: what a user may expect of the result, in one plain sentence.
         needs: statistics that calibration must collect.
+        sized_by: the option that says how much goes, in place of a sparsity; empty: a sparsity does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +81,7 @@ class Method(BaseModel):
     removes: ClassVar[str]
     effect: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    sized_by: ClassVar[str] = ""
 
     @property
     def statistics(self) -> frozenset[Statistic]:

@@ -129,6 +129,7 @@ def build_report(
         loads_in=loads_in or {},
         budget=recipe.budget,
         structure=None if structure is None else Structure.model_validate(structure),
+        precision=outcome.precision,
         storage=storage,
         layers=outcome.layers,
         blocks=outcome.blocks,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.calibration.distributed import Group
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.windows import Windows
+from secateur.checkpoint.packing import Packed
 from secateur.checkpoint.safetensors_file import read_tensors, save_tensors, torch_dtype
 from secateur.checkpoint.safetensors_header import read_header
 from secateur.checkpoint.writer import CheckpointWriter
@@ -22,7 +23,7 @@ from secateur.pipeline.data import RunData
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.decode_costs import DecodeTable
 from secateur.recipe import Recipe
-from secateur.report.model import Block, Layer
+from secateur.report.model import Block, Layer, Precision
 
 __all__ = ["PLAN", "PREPARED", "SCORES", "UNEQUAL", "Outcome", "Run", "as_stored", "part_name"]
 
@@ -94,7 +95,7 @@ class Run:
             save_tensors(self.writer.workspace / name, found)
         return found
 
-    def keep(self, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def keep(self, index: int, tensors: Mapping[str, Tensor | Packed], record: dict[str, Any]) -> None:
         """Make a finished block durable."""
         if self.writer:
             self.writer.write(part_name(index), tensors, record)
@@ -117,6 +118,7 @@ class Outcome:
         warnings: what the user should know, one sentence each.
         requested: the sparsity that was asked for, where the recipe says a budget or a plan instead.
         structure: what is known of a structured result beyond its files (see `report.model.Structure`).
+        precision: the bits of a result that is stored in few.
     """
 
     layers: list[Layer]
@@ -130,6 +132,7 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
     requested: float | None = None
     structure: dict[str, Any] = field(default_factory=dict)
+    precision: Precision | None = None
 
     @classmethod
     def of_weights(cls, layers: list[Layer], blocks: list[Block]) -> Outcome:

@@ -44,6 +44,7 @@ def _run(report: Report) -> Pairs:
         ("Allocation", report.allocation),
         ("Options", options or "the method's own"),
         *([("Budget", report.budget)] if report.budget else []),
+        *_bits(report),
         ("Sparsity asked for", data(percent(report.sparsity_requested), report.sparsity_requested)),
         ("Sparsity reached", data(percent(report.sparsity), report.sparsity)),
         *_storage(report),
@@ -52,6 +53,22 @@ def _run(report: Report) -> Pairs:
         ("Peak memory", _known(report, "peak_memory_bytes", size)),
         ("Date", report.date.isoformat(sep=" ", timespec="seconds")),
         ("Fingerprint", element("code", report.fingerprint)),
+    ]
+
+
+def _bits(report: Report) -> Pairs:
+    """Average bits of a weight, of its code and of all that is stored of it."""
+    found = report.precision
+    if found is None:
+        return []
+    pairs = [
+        ("Bits of experts", found.bits_experts, found.stored_bits_experts),
+        ("Bits of all rounded matrices", found.bits_matrices, found.stored_bits_matrices),
+    ]
+    return [
+        (name, f"{bits:.2f}, stored {stored:.2f}")
+        for name, bits, stored in pairs
+        if bits is not None and stored is not None
     ]
 
 

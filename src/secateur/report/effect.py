@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from secateur.core.method import BITS
 from secateur.core.pattern import Pattern
 from secateur.report.numbers import percent, size
 
 __all__ = ["ADVICE", "effect"]
 
 ADVICE = "Measure with `secateur bench`; the reasons are in docs/troubleshooting.md#why-is-it-not-faster."
+
+UNPACKED = (
+    "transformers unpacks them while it loads, or keeps them packed and unpacks them in every step, which "
+    "takes less memory and more time; neither is faster than the dense model."
+)
 
 
 def effect(
@@ -30,6 +36,8 @@ def effect(
 
     Raises `RecipeError` for a pattern that does not exist.
     """
+    if removes == BITS:
+        return f"Weights are stored in fewer bits{_sizes(bytes_before, bytes_after)}. {UNPACKED} {ADVICE}"
     if sparsity == 0:
         return "Nothing was removed: size and speed are those of the dense model."
     sizes = _sizes(bytes_before, bytes_after)  # of a chain: an earlier stage may have made the file smaller

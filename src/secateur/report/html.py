@@ -45,7 +45,7 @@ def _header(report: Report) -> Markup:
     tags = [
         report.method,
         report.pattern,
-        f"{percent(report.sparsity)} removed",
+        _amount(report),
         f"{report.allocation} allocation",
     ]
     if report.recovery:
@@ -62,6 +62,12 @@ def _header(report: Report) -> Markup:
         element("p", verdict(report), class_="verdict"),
         element("p", prose(report.effect), class_="effect"),
     )
+
+
+def _amount(report: Report) -> str:
+    if report.precision:
+        return f"{report.precision.stored_bits_matrices or 0:.2f} bits a weight"
+    return f"{percent(report.sparsity)} removed"
 
 
 def _notices(report: Report) -> Markup | None:

@@ -42,10 +42,16 @@ def _merged(name: str, group: list[Layer]) -> Layer:
             "sparsity": _mean(group, lambda layer: layer.sparsity),
             "loss": _mean(group, lambda layer: layer.loss),
             "seconds": sum(seconds) if seconds else None,
-            "notes": {},
+            "notes": _notes(group),
             "fallbacks": list(dict.fromkeys(phrase for layer in group for phrase in layer.fallbacks)),
         }
     )
+
+
+def _notes(group: list[Layer]) -> dict[str, float]:
+    """Means of the numbers that every layer has."""
+    shared = [name for name in group[0].notes if all(name in layer.notes for layer in group)]
+    return {name: sum(layer.notes[name] for layer in group) / len(group) for name in shared}
 
 
 def _mean(group: Iterable[Layer], value: Callable[[Layer], float | None]) -> float | None:

@@ -24,6 +24,7 @@ __all__ = [
     "Layer",
     "Look",
     "Machine",
+    "Precision",
     "Protocol",
     "Recovery",
     "Report",
@@ -190,6 +191,21 @@ class Structure(_Part):
         return 1 - sum(shares) / len(shares) if shares else None
 
 
+class Precision(_Part):
+    """Weights in few bits: averages over routed experts, and over all matrices that were rounded.
+
+    `bits` are those of codes alone, `stored_bits` with scales and all else that is stored of a matrix;
+    `weights` were rounded in all; `experts` are the bits of each, by block.
+    """
+
+    bits_experts: float | None = None
+    bits_matrices: float | None = None
+    stored_bits_experts: float | None = None
+    stored_bits_matrices: float | None = None
+    weights: Count
+    experts: dict[str, list[int]] = Field(default_factory=dict)
+
+
 class Stage(_Part):
     """One stage of a chain: what it did, and how good its result is compared with the dense model."""
 
@@ -297,6 +313,7 @@ class Report(_Part):
     )
     budget: str | None = None
     structure: Structure | None = None
+    precision: Precision | None = None
     layers: list[Layer] = Field(default_factory=list)
     blocks: list[Block] = Field(default_factory=list)
     stages: list[Stage] = Field(default_factory=list)
@@ -327,6 +344,8 @@ class Report(_Part):
     @property
     def title(self) -> str:
         """What was done, in two words."""
+        if self.precision:
+            return f"{self.method} {self.precision.stored_bits_matrices or 0:.2f} bits"
         return f"{self.method} recovery" if self.recovery else f"{self.method} {percent(self.sparsity)}"
 
     def fallbacks(self) -> Iterator[tuple[str, list[Layer]]]:

@@ -21,7 +21,8 @@ def pictures(report: Report) -> Markup:
     if report.recovery:
         figures = [quality, _training(report.recovery)]
         return element("div", figures, class_="figures")
-    figures = [quality, _sparsity(stack, wide=quality is None), _load(report), _loss(report, stack)]
+    amounts = (_bits if report.precision else _sparsity)(stack, wide=quality is None)
+    figures = [quality, amounts, _load(report), _loss(report, stack)]
     reasons = [element("p", absent(prose(f"Not drawn: {words}."))) for words in _missing(report)]
     return join([element("div", figures, class_="figures"), reasons])
 
@@ -131,6 +132,26 @@ def _ranked(visits: Mapping[int, Sequence[int]]) -> tuple[Point, ...]:
         title = f"rank {rank + 1}: {percent(mean)}"
         found.append(Point(rank + 1, mean, title, span=(min(each), max(each))))
     return tuple(found)
+
+
+def _bits(stack: Stack, *, wide: bool) -> Markup | None:
+    """A line a kind of matrix; experts count with their mean."""
+
+    def bits(layer: Layer) -> float:
+        return layer.notes.get("bits", 0.0)
+
+    series = []
+    for index, (name, group) in enumerate(stack.kinds.items()):
+        points = (
+            Point(layer.block, bits(layer), f"{where(layer)}: {number(bits(layer))}") for layer in group
+        )
+        series.append(Series(name, tuple(points), index, index, small=True))
+    if not series:
+        return None
+    y = axis("Bits of a weight", list(map(bits, stack.layers)), include=(0,))
+    x = axis("block", stack.blocks, whole=True)
+    numbers = stack.numbers({}, bits, number)
+    return figure("Bits of each layer", "Of codes, without scales.", x, y, series, numbers, wide=wide)
 
 
 def _reached(block: int, mean: float, group: list[Layer]) -> Point:

@@ -97,16 +97,19 @@ def _series(reports: Sequence[Report]) -> list[str]:
 
 def _labels(reports: Sequence[Report], series: Sequence[str], folders: Sequence[str]) -> list[str]:
     """Series and sparsity; where that is the same twice, also what tells the runs apart."""
-    labels = [
-        name if ":" in report.pattern else f"{name} {percent(report.sparsity_requested)}"
-        for name, report in zip(series, reports, strict=True)
-    ]
+    labels = [_label(name, report) for name, report in zip(series, reports, strict=True)]
     calibrations = [f"on {report.calibration.source}" if report.calibration else "" for report in reports]
     seeds = [f"seed {report.seed}" for report in reports]
     numbers = [f"({index})" for index, _ in enumerate(reports, start=1)]
     for words in (calibrations, seeds, list(folders), numbers):
         labels = _told_apart(labels, words)
     return labels
+
+
+def _label(series: str, report: Report) -> str:
+    if report.precision:
+        return f"{series} {report.precision.stored_bits_matrices or 0:.2f} bits"
+    return series if ":" in report.pattern else f"{series} {percent(report.sparsity_requested)}"
 
 
 def _told_apart(labels: list[str], words: list[str]) -> list[str]:

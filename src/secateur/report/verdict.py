@@ -134,6 +134,11 @@ def _deed(report: Report) -> str:
         return f"{', then '.join(map(_stage, report.stages))} pruned {report.name}"
     if report.recovery:
         return f"{report.method} changed the weights of {report.name}"
+    if report.precision:
+        bits = report.precision.stored_bits_matrices or 0.0
+        return (
+            f"{report.method} stored the matrices of {report.name} in {bits:.2f} bits a weight, with scales"
+        )
     how = f"in a {report.pattern} pattern" if ":" in report.pattern else "as unstructured zeros"
     what = "prunable weights"
     if report.parameters_after < report.parameters_before:

@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.anatomy.layout import FileLayout
+from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.resolve import resolve
 from secateur.checkpoint.reader import Checkpoint
+from secateur.storage.packed_experts import PackedExperts, packed_experts
 from secateur.storage.packed_linear import PackedLinear
 
 __all__ = ["Filling"]
@@ -77,8 +79,8 @@ class Filling:
         """Replace all stand-ins of a model, one after the other.
 
         Args:
-            keep_packed: let linear layers keep their weights packed; what is no linear layer, is tied or is
-                made of several tensors is unpacked.
+            keep_packed: let linear layers and routed experts keep their weights packed; what is neither, is
+                tied or, in a linear layer, is made of several tensors is unpacked.
         """
         for name, parameter in list(model.named_parameters()):
             place = self.place_of(name)
@@ -86,11 +88,25 @@ class Filling:
                 continue
             path = name.rpartition(".")[0]
             module = model.get_submodule(path)
-            if keep_packed and type(module) is nn.Linear and not place.tied and len(place.files) == 1:
+            if isinstance(module, PackedExperts):
+                continue
+            if keep_packed and (experts := self._experts(place, module, parameter)):
+                model.set_submodule(path, experts)
+            elif keep_packed and type(module) is nn.Linear and not place.tied and len(place.files) == 1:
                 packed = self.checkpoint.read_packed(place.files[0])
                 model.set_submodule(path, PackedLinear(packed, parameter, module.bias))
             else:
                 parameter.data = self._unpacked(place).to(parameter.device, parameter.dtype)
+
+    def _experts(self, place: _Place, module: nn.Module, like: nn.Parameter) -> PackedExperts | None:
+        """What keeps the routed experts of a block packed, if this is a parameter of theirs."""
+        if place.block is None:
+            return None
+        block = self._anatomy.blocks[place.block]
+        mixture = mixture_of(block)
+        if mixture is None or place.own not in {matrix.parameter for matrix in mixture.stacks}:
+            return None
+        return packed_experts(self.checkpoint, self._layout, block, mixture, module, like)
 
     def _unpacked(self, place: _Place) -> Tensor:
         stored = self.checkpoint.read(place.files)

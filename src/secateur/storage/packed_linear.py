@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
     def __init__(self, packed: Packed, like: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        self.format, self._parts = packed.format, tuple(packed.parts)
+        self.format, self._parts, self._stored = packed.format, tuple(packed.parts), packed.dtype
         self.weight = nn.Parameter(like.new_empty((*packed.shape, 0)), requires_grad=False)
         self.register_parameter("bias", bias)
         for name, part in packed.parts.items():
@@ -48,9 +48,10 @@ class PackedLinear(nn.Module):
         return sum(part.nbytes for part in self.parts.values())
 
     def unpacked(self) -> Tensor:
-        """The weight, (outputs, inputs), computed anew."""
+        """The weight, (outputs, inputs), computed anew; in the dtype of the file first, as a dense one is."""
         shape = (self.out_features, self.in_features)
-        return FORMATS.get(self.format).unpack(self.parts, shape, self.weight.dtype)
+        weight = FORMATS.get(self.format).unpack(self.parts, shape, self._stored)
+        return weight.to(self.weight.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return KERNELS.get(self.format, unpack_and_multiply)(self, inputs)

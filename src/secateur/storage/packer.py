@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from secateur.checkpoint.packing import DENSE
-from secateur.core.errors import InputError
+from secateur.core.errors import InputError, RecipeError
 from secateur.storage.formats import FORMATS, Packed
 
 __all__ = ["Packer", "packer_for"]
@@ -31,11 +31,14 @@ class Packer:
         format: id of a format.
 
     Raises:
-        RecipeError: an unknown format.
+        RecipeError: an unknown format, or one that rounds.
     """
 
     def __init__(self, format: str) -> None:
-        FORMATS.get(format)
+        if not FORMATS.get(format).exact:
+            raise RecipeError(
+                f"format {format!r}, which rounds", "a format of weights with zeros", "use --method mc-moe"
+            )
         self.format = format
 
     def __call__(self, tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:

@@ -1,137 +1,46 @@
-"""The optimal-brain-surgeon sweep: columns go one after the other, those to their right make up for it.
-
-The sweep of SparseGPT (one-shot-baselines, section 2.4) without the inverse of the Hessian. Published is
-U with inv(H) = U^T U, and the columns b to the right of finished ones, f, lose E_f U_fb, where E are their
-scaled errors. Let H = V V^T with V upper triangular, so that U = inv(V). As E U is the change of the
-weights so far, D, that loss is also -D_f V_fb inv(V_bb): one factorisation, and inverses of small blocks.
-
-Everything runs on the transposed matrix and looks left: columns take in what those before them ask for
-when their turn comes, in nested spans, so that nearly all arithmetic is in large products.
-"""
+"""Which weights go while columns are swept from left to right (see `secateur.core.sweep`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from secateur.core.numerics import damped_cholesky, exact_products
-from secateur.core.statistics import InputStatistics
+from secateur.core.sweep import Fix
 
-__all__ = ["Choose", "hessian_factor", "sweep"]
+__all__ = ["Choose", "Removal"]
 
 Choose = Callable[[Tensor, slice], Tensor]
 """(out, width) scores of the columns in the slice, to the mask of those that stay."""
 
 
-def hessian_factor(inputs: InputStatistics, damping: float) -> tuple[Tensor, float]:
-    """Upper V with H + d * mean(diag H) * I = V V^T, and the damping d that was needed.
-
-    It is the lower factor of the Hessian in reversed order, reversed back. Kept in the cache of `inputs`
-    for the matrices that share them.
-
-    Returns:
-        (in, in) float32, and the damping.
-
-    Raises:
-        NumericsError: H is not finite, or singular whatever the damping.
-    """
-    key = ("hessian_factor", damping)
-    if key not in inputs.cache:
-        if inputs.hessian is None:
-            raise ValueError("the Hessian was not observed")
-        lower, used = damped_cholesky(inputs.hessian.flip(0, 1), damping)
-        inputs.cache[key] = (lower.flip(0, 1), used)
-    return cast("tuple[Tensor, float]", inputs.cache[key])
-
-
-def sweep(
-    weight: Tensor, factor: Tensor, choose: Choose, *, widths: Sequence[int], level: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prune all columns from left to right.
-
-    Args:
-        weight: (out, in) float32, not changed.
-        factor: (in, in) of `hessian_factor`.
-        choose: called with the scores w^2 / U_ii^2 of the current weights.
-        widths: of the nested spans of columns, widest first; in the innermost the columns go one by one.
-            Any widths give the same up to rounding.
-        level: index in `widths` of the spans whose columns are chosen together.
-
-    Returns:
-        New weight (out, in), mask of what stays (out, in), and the sum of squared errors e^2, a scalar
-        that equals tr(D V V^T D^T).
-    """
-    new = weight.T.clone(memory_format=torch.contiguous_format)  # a column is one contiguous line
-    change = torch.empty_like(new)
-    kept = torch.empty_like(new, dtype=torch.bool)
-    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
-    with exact_products():
-        for columns in _spans(0, len(new), widths[0]):
-            block = _Block(new[columns], kept[columns], factor[columns, columns], columns.start, choose)
-            change[columns] = block.weight
-            block.take_in(factor[: columns.start, columns], change[: columns.start])
-            block.prune(slice(0, len(block.weight)), widths, level)
-            change[columns] -= block.weight.masked_fill_(~block.kept, 0.0)
-            loss += block.errors.square().sum(dtype=torch.float64)
-    return new.T.contiguous(), kept.T.contiguous(), loss
-
-
-def _spans(start: int, stop: int, width: int) -> Iterator[slice]:
-    return (slice(at, min(at + width, stop)) for at in range(start, stop, width))
-
-
-class _Block:
-    """Columns that are pruned together, all (width, out); `weight` and `kept` are views of the whole.
+class Removal:
+    """The rule of SparseGPT: the weights with the smallest w^2 / U_ii^2 become zero.
 
     Attributes:
-        upper: (width, width) inv(V_bb), which is U within the block.
-        errors: e of each column, zero where the weight stays.
+        kept: (in, out) mask of what stays.
+
+    Args:
+        weight: (out, in), for its shape and device.
+        choose: called with the scores of the current weights.
     """
 
-    def __init__(self, weight: Tensor, kept: Tensor, factor: Tensor, offset: int, choose: Choose) -> None:
-        self.weight, self.kept = weight, kept
-        self.errors = torch.empty_like(weight)
-        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        self.upper: Tensor = torch.linalg.solve_triangular(factor, identity, upper=True)
-        self._diagonal = self.upper.diagonal()[:, None]
-        self._offset, self._choose = offset, choose
+    def __init__(self, weight: Tensor, choose: Choose) -> None:
+        self.kept = torch.empty(weight.T.shape, dtype=torch.bool, device=weight.device)
+        self._choose = choose
 
-    def take_in(self, factor: Tensor, change: Tensor) -> None:
-        """Make up for the `change` so far; `factor` (finished, width) ties the block to it."""
-        if len(change):
-            self.weight.addmm_((factor @ self.upper).T, change)
+    def choose(self, columns: slice, weight: Tensor, diagonal: Tensor) -> None:
+        scores = (weight / diagonal).square_()
+        self.kept[columns] = self._choose(scores.T, columns).T
 
-    def prune(self, columns: slice, widths: Sequence[int], level: int) -> None:
-        """Bring the spans inside `columns` up to date in turn and prune them."""
-        for part in _spans(columns.start, columns.stop, widths[0]):
-            self._collect(part, columns.start)
-            if level == 0:
-                self._select(part)
-            if len(widths) > 1:
-                self.prune(part, widths[1:], level - 1)
-            else:
-                self._eliminate(part)
+    def fix(self, columns: slice, diagonal: Tensor) -> Fix:
+        share = (~self.kept[columns]) / diagonal
 
-    def _collect(self, columns: slice, since: int) -> None:
-        """Take in what the columns from `since` up to these ask for."""
-        done = slice(since, columns.start)
-        if since < columns.start:
-            self.weight[columns].addmm_(self.upper[done, columns].T, self.errors[done], alpha=-1)
+        def fix(column: int, weight: Tensor, error: Tensor) -> None:
+            torch.mul(weight, share[column], out=error)
 
-    def _select(self, columns: slice) -> None:
-        scores = (self.weight[columns] / self._diagonal[columns]).square_()
-        place = slice(self._offset + columns.start, self._offset + columns.stop)
-        self.kept[columns] = self._choose(scores.T, place).T
+        return fix
 
-    def _eliminate(self, columns: slice) -> None:
-        """Fix the columns one by one; each error depends on those before it."""
-        weight, errors = self.weight[columns], self.errors[columns]
-        owed = self.upper[columns, columns].T.contiguous()
-        share = (~self.kept[columns]) / self._diagonal[columns]
-        for i in range(len(weight)):
-            if i:
-                weight[i].addmv_(errors[:i].T, owed[i, :i], alpha=-1)
-            torch.mul(weight[i], share[i], out=errors[i])
+    def settle(self, columns: slice, weight: Tensor) -> None:
+        weight.masked_fill_(~self.kept[columns], 0.0)

@@ -50,24 +50,21 @@ class SparseGPT(WeightMethod):
 
     def score(self, problem: Problem) -> Tensor:
         """W^2 / U_jj^2 before any update, for a choice across matrices."""
-        from secateur.weights.obs import hessian_factor
+        from secateur.core.sweep import hessian_factor
 
         factor, _ = hessian_factor(problem.inputs, self.damping)
         return (problem.weight * factor.diagonal()).square()
 
     def prune(self, problem: Problem) -> Solution:
-        from secateur.weights.obs import hessian_factor, sweep
+        from secateur.core.sweep import hessian_factor, sweep
+        from secateur.weights.obs import Removal
 
         chosen = weight_method(self.mask).prune(problem) if self.mask else None
         factor, damping = hessian_factor(problem.inputs, self.damping)
         widths, level = self._spans(problem.pattern)
-        weight, kept, loss = sweep(
-            problem.weight,
-            factor,
-            _chooser(problem, chosen.kept if chosen else None),
-            widths=widths,
-            level=level,
-        )
+        rule = Removal(problem.weight, _chooser(problem, chosen.kept if chosen else None))
+        weight, loss = sweep(problem.weight, factor, rule, widths=widths, level=level)
+        kept = rule.kept.T.contiguous()
         # the published Hessian is 2/s times the sum over tokens, its loss e^2/2
         notes = {"obs_loss": float(loss) / max(problem.inputs.sequences, 1)}
         fallbacks = hessian_fallbacks(problem, self.damping, damping)

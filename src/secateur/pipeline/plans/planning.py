@@ -17,9 +17,11 @@ from secateur.core.numerics import exact_products
 from secateur.core.statistics import BACKWARD
 from secateur.evaluation.memory import available_memory_bytes
 from secateur.experts.base import ExpertMethod
+from secateur.experts.precision import PrecisionMethod
 from secateur.formats.loads_in import loads_in
 from secateur.pipeline.data import window_length
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
+from secateur.pipeline.plans.precision import precision_outcome
 from secateur.pipeline.plans.structure import structure_outcome
 from secateur.pipeline.ways.experts import planned_experts
 from secateur.pipeline.ways.pieces import evaluations
@@ -86,6 +88,8 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     """What the result will be: of zeros in dense files, or of matrices that are smaller."""
     if isinstance(method, StructureMethod):
         return structure_outcome(opened, method, recipe)
+    if isinstance(method, PrecisionMethod):
+        return precision_outcome(opened, method)
     anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
     before, nbytes = opened.checkpoint.parameters, opened.checkpoint.dense_nbytes
     if isinstance(method, WeightMethod):

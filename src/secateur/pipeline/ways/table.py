@@ -10,6 +10,7 @@ from secateur.core.errors import RecipeError
 from secateur.core.method import METHODS, Method
 from secateur.core.progress import Progress
 from secateur.experts.base import ExpertMethod
+from secateur.experts.precision import PrecisionMethod
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.decode_costs import DecodeTable
 from secateur.pipeline.state import Outcome, Run
@@ -17,6 +18,7 @@ from secateur.pipeline.ways.adaptive import check_adaptive, prune_adaptive
 from secateur.pipeline.ways.depth import check_depth, prune_depth
 from secateur.pipeline.ways.experts import check_experts, experts_observe, prune_experts
 from secateur.pipeline.ways.pieces import check_pieces, prune_pieces
+from secateur.pipeline.ways.quantised import check_quantised, prune_quantised, quantised_observes
 from secateur.pipeline.ways.search import check_search, prune_search
 from secateur.pipeline.ways.slices import check_slices, prune_slices
 from secateur.pipeline.ways.structure import (
@@ -70,6 +72,7 @@ WAYS = (
     _Way(WidthMethod, check_width, prune_width),
     _Way(SliceMethod, check_slices, prune_slices),
     _Way(ExpertMethod, check_experts, prune_experts, experts_observe),
+    _Way(PrecisionMethod, check_quantised, prune_quantised, quantised_observes),
 )
 """The first whose base class a method has is its way."""
 

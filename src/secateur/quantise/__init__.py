@@ -1,0 +1,1 @@
+"""Weights in a few bits: grids, rounding that makes up for itself, and what goes where. Tensors only."""

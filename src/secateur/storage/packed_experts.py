@@ -1,0 +1,111 @@
+"""Routed experts whose weights stay packed in memory; those that are visited are unpacked one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.anatomy.layout import FileLayout, Piece
+from secateur.anatomy.mixture import Mixture
+from secateur.anatomy.model import Block
+from secateur.checkpoint.reader import Checkpoint
+from secateur.storage.formats import Packed
+from secateur.storage.packed_linear import PackedLinear
+
+__all__ = ["PackedExperts", "packed_experts"]
+
+
+class PackedExperts(nn.Module):
+    """Takes the place of a module of fused experts, gated or not, without biases.
+
+    A route behind the last expert is left out.
+
+    Attributes:
+        experts: the stock module, for its activation; its parameters are stand-ins without elements.
+        first, second: the matrices of each expert; one that is stored in parts has them in order of its rows.
+
+    Args:
+        experts: the stock module.
+        first, second: by expert, the packed tensors of the matrix that multiplies its input, and of the one
+            that multiplies its activation.
+        like: a tensor on the device and of the dtype to compute in.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        first: Sequence[Sequence[Packed]],
+        second: Sequence[Sequence[Packed]],
+        like: Tensor,
+    ) -> None:
+        super().__init__()
+        self.experts: Any = experts
+        self.first, self.second = _matrices(first, like), _matrices(second, like)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights as they are kept."""
+        return sum(one.packed_bytes for one in self.modules() if isinstance(one, PackedLinear))
+
+    def forward(self, hidden_states: Tensor, routes: Tensor, gates: Tensor) -> Tensor:
+        """(tokens, d) of (tokens, d) hidden states, (tokens, k) routes and their weights."""
+        output = torch.zeros_like(hidden_states)
+        visits = torch.bincount(routes.flatten(), minlength=len(self.first)).tolist()
+        for expert in range(len(self.first)):
+            if visits[expert]:
+                tokens, slots = torch.where(routes == expert)
+                own = self._expert(expert, hidden_states[tokens]) * gates[tokens, slots, None]
+                output.index_add_(0, tokens, own.to(output.dtype))
+        return output
+
+    def _expert(self, expert: int, rows: Tensor) -> Tensor:
+        product = nn.functional.linear(rows, _unpacked(self.first[expert]))
+        gated = getattr(self.experts, "has_gate", True)
+        activated = self.experts._apply_gate(product) if gated else self.experts.act_fn(product)
+        return nn.functional.linear(activated, _unpacked(self.second[expert]))
+
+
+def packed_experts(
+    checkpoint: Checkpoint,
+    layout: FileLayout,
+    block: Block,
+    mixture: Mixture,
+    module: nn.Module,
+    like: Tensor,
+) -> PackedExperts | None:
+    """The experts of a block, packed; `None` where some of their tensors are not, or hold several experts.
+
+    Args:
+        checkpoint, layout: where they are stored.
+        block, mixture: what they are.
+        module: the stock module, whose parameters are stand-ins.
+        like: a tensor on the device and of the dtype to compute in.
+    """
+    pieces = {m.parameter: layout.pieces(block.index, m.parameter) for m in mixture.stacks}
+    every = [piece for own in pieces.values() for piece in own]
+    whole = all(piece.expert is not None and piece.name in checkpoint.formats for piece in every)
+    if not whole or len(pieces) != 2 or len(list(module.parameters())) != 2:
+        return None
+    order = sorted(mixture.stacks, key=lambda matrix: block.sites[matrix.input].kind != "experts_input")
+    first, second = (_by_expert(checkpoint, pieces[m.parameter], mixture.count) for m in order)
+    return PackedExperts(module, first, second, like)
+
+
+def _by_expert(checkpoint: Checkpoint, pieces: Sequence[Piece], count: int) -> list[list[Packed]]:
+    """The packed tensors of each expert in the order of their rows."""
+    found: list[list[Packed]] = [[] for _ in range(count)]
+    for piece in sorted(pieces, key=lambda piece: piece.rows or (0, 0)):
+        found[piece.expert or 0].append(checkpoint.read_packed(piece.name))
+    return found
+
+
+def _matrices(packed: Sequence[Sequence[Packed]], like: Tensor) -> nn.ModuleList:
+    return nn.ModuleList(nn.ModuleList(PackedLinear(one, like) for one in several) for several in packed)
+
+
+@torch.no_grad()
+def _unpacked(pieces: nn.Module) -> Tensor:
+    return torch.cat([piece.unpacked() for piece in pieces.children() if isinstance(piece, PackedLinear)])
