@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.pipeline.state import Run
@@ -54,3 +57,16 @@ def interrupted(after: int, owner: object = Run, name: str = "keep") -> Iterator
 def same_bytes(one: Path, other: Path, *names: str) -> bool:
     """Whether two folders hold the same weights and configuration, and the same of other files by name."""
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in (*WEIGHTS, *names))
+
+
+def require_smaller(report: Report, model: Path, out: Path, dtype: torch.dtype) -> None:
+    """A run that took a quarter away: its files load, are as large as it says, and can be judged."""
+    assert report.sparsity == pytest.approx(0.25, abs=0.02)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == dtype
+    assert sum(p.numel() for p in loaded.parameters()) == report.parameters_after < report.parameters_before
+    assert sum(p.nbytes for p in loaded.parameters()) == report.bytes_after < report.bytes_before
+    again = secateur.evaluate(out, against=model, text=text_beside(model), windows=2, length=24)
+    assert math.isfinite(again["perplexity"])
+    assert math.isfinite(again["kl_divergence"])
+    assert torch.isfinite(loaded(torch.arange(1, 9)[None]).logits).all()
