@@ -37,8 +37,9 @@ def collect(
     terms: Sequence[Statistic] = tuple(TERMS),
     **options: Any,
 ) -> Taylor:
-    spaces = options.pop("spaces", [SPACES] * model.config.num_hidden_layers)
-    return collect_taylor(MemorySource(model), windows, terms=terms, spaces=spaces, scratch=folder, **options)
+    source, spaces = MemorySource(model), options.pop("spaces", [SPACES] * model.config.num_hidden_layers)
+    wanted = [members(block, own) for block, own in zip(source.anatomy.blocks, spaces, strict=True)]
+    return collect_taylor(source, windows, terms=terms, wanted=wanted, scratch=folder, **options)
 
 
 def gradients(model: PreTrainedModel, windows: Windows) -> list[dict[str, Tensor]]:
@@ -209,11 +210,10 @@ def reduced(weight: Tensor, each: Tensor, tmp_path: Path) -> dict[Statistic, Ten
     member = Member("w", "ffn", (Part("w", 0, 0, len(weight), 1),))
     run = _Collection([[member]], set(TERMS), len(each), tmp_path, None)
     opened: Any = SimpleNamespace(
-        block=SimpleNamespace(index=0),
         parameters={"w": weight},
         each=lambda names: ({"w": gradient.clone()} for gradient in each),
     )
-    run.add(opened, first=True, last=True)
+    run.add(0, opened, first=True, last=True)
     return run.finished()[0][0].terms
 
 

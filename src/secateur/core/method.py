@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,6 +59,7 @@ class Method(BaseModel):
         removes: the unit that goes.
         effect: what a user may expect of the result, in one plain sentence.
         needs: statistics that calibration must collect.
+        modes: by value of the option `mode`, the class of a kind of run other than its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +70,7 @@ class Method(BaseModel):
     removes: ClassVar[str]
     effect: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    modes: ClassVar[Mapping[str, type[Method]]] = {}
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -76,7 +79,10 @@ class Method(BaseModel):
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Any:
-        """An instance from `-O name=value` pairs. Raises `RecipeError` naming the option at fault."""
+        """An instance from `-O name=value` pairs, of the class that serves their `mode`. Raises `RecipeError`
+        naming the option at fault."""
+        if (mode := str(options.get("mode"))) in cls.modes:
+            return cls.modes[mode].from_options(options)
         for name in options:
             if name not in cls.model_fields:
                 raise RecipeError(
