@@ -24,10 +24,10 @@ __all__ = [
     "BlockStates",
     "Compensation",
     "DepthMethod",
+    "LooksMethod",
     "Losses",
     "Piece",
     "PieceMethod",
-    "RoundsMethod",
     "SearchMethod",
     "SliceMethod",
     "Spread",
@@ -108,21 +108,21 @@ class UnitMethod(Method):
         return kept
 
 
-class RoundsMethod(Method):
+class LooksMethod(Method):
     """Part of the methods that may remove a part, look at what is left, and remove the next."""
 
     @property
-    def rounds(self) -> int:
+    def looks(self) -> int:
         """How often the model is looked at; each round ends at the same distance nearer to the target."""
         return 1
 
     @property
-    def windows_a_round(self) -> int:
+    def windows_a_look(self) -> int:
         """Calibration windows that a round looks at, the next ones in turn; 0: all."""
         return 0
 
 
-class StructureMethod(UnitMethod, RoundsMethod):
+class StructureMethod(UnitMethod, LooksMethod):
     """Base of the methods that score all units, and then choose once.
 
     Class variables:
@@ -230,7 +230,7 @@ class BlockStates:
     angles: Tensor
 
 
-class DepthMethod(RoundsMethod):
+class DepthMethod(LooksMethod):
     """Base of the methods that remove whole decoder blocks: those of lowest `rank` where their statistics
     come from gradients, else those that they `choose`."""
 
@@ -347,7 +347,7 @@ class SearchMethod(StructureMethod):
         return self.iterations * self.generations * (stages + self.tokens[-1])
 
 
-class WidthMethod(RoundsMethod):
+class WidthMethod(LooksMethod):
     """Base of the methods that make the whole model narrower, every block alike. Those whose statistics come
     from gradients `rank` the hidden dimensions; the others say the `importance` of entries of inputs."""
 

@@ -46,11 +46,11 @@ class _Shared(TaylorScore):
     )
 
     @property
-    def rounds(self) -> int:
+    def looks(self) -> int:
         return self.steps
 
     @property
-    def windows_a_round(self) -> int:
+    def windows_a_look(self) -> int:
         return self.step_windows
 
 
@@ -110,11 +110,11 @@ class LlmPruner(_Shared, StructureMethod):
         True, description="importance for each parameter that goes: what the spread global compares"
     )
 
-    @field_validator("remove_heads")
+    @field_validator("steps")
     @classmethod
-    def _at_once(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("steps", 1) > 1:
-            raise ValueError("a number of heads goes at once: leave it or steps out")
+    def _divisible(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("remove_heads") is not None:
+            raise ValueError("1 with remove_heads, which go at once")
         return value
 
     def score(self, problem: UnitProblem) -> Tensor:

@@ -96,10 +96,10 @@ def _felt_least(run: Run, method: DepthMethod, count: int) -> tuple[dict[str, Te
     """The `importance` of every block, of one that goes as it was then, and the blocks that go."""
     gone: list[int] = []
     importance = torch.zeros(len(run.opened.anatomy.blocks), dtype=torch.float64)
-    for number in range(method.rounds):
+    for number in range(method.looks):
 
         def find(number: int = number, gone: tuple[int, ...] = tuple(gone)) -> dict[str, Tensor]:
-            windows = windows_of(run, number, method.windows_a_round)
+            windows = windows_of(run, number, method.windows_a_look)
             driver = run.driver(without_blocks(run.opened, gone), windows)
             felt = block_gradients(driver, method, run.scratch, run.progress)
             return {str(term): values for term, values in felt.items()}
@@ -107,7 +107,7 @@ def _felt_least(run: Run, method: DepthMethod, count: int) -> tuple[dict[str, Te
         felt = method.rank(run.remembered(find, f"round-{number}.safetensors"))  # type: ignore[arg-type]
         left = torch.tensor([index for index in range(len(importance)) if index not in gone])
         importance[left] = felt[left]
-        more = round(count * (number + 1) / method.rounds) - len(gone)
+        more = round(count * (number + 1) / method.looks) - len(gone)
         gone += left[felt[left].argsort(stable=True)[:more]].tolist()
     return {"importance": importance}, sorted(gone)
 

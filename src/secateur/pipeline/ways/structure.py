@@ -52,9 +52,9 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
         AnatomyError: a family whose blocks cannot have the sizes.
         InputError: scores or a plan of another model or method.
     """
-    if method.rounds > 1 and recipe.scores is not None:
+    if method.looks > 1 and recipe.scores is not None:
         raise RecipeError(
-            f"scores with method {method.id!r} in {method.rounds} steps, which scores after every step anew",
+            f"scores with method {method.id!r} in {method.looks} steps, which scores after every step anew",
             "one step",
             "leave --scores or -O steps= out",
         )
@@ -66,7 +66,7 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
     else:
         planned = draft(opened, method, recipe)
         _ = planned.result.config_updates
-        for number in range(1, method.rounds):
+        for number in range(1, method.looks):
             draft(opened, method, _on_the_way(opened, method, recipe, planned, number))
     method.check(shapes_of(opened, groups_of(opened, method)))
     if recipe.scores is not None:
@@ -111,7 +111,7 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     ]
     cutter = Cutter(run, method, choices, planned)
     layers, rows = cutter.cut()
-    if run.recipe.plan is None and method.rounds == 1:
+    if run.recipe.plan is None and method.looks == 1:
         files[SCORES] = scores_file(found, _origin(run.opened, method))
     return outcome_of(run, planned, layers, rows, files)
 
@@ -155,7 +155,7 @@ def _on_the_way(
     opened: Opened, method: StructureMethod, recipe: Recipe, planned: Draft, number: int
 ) -> Recipe:
     """What is asked for until round `number`: its part of all that shall go (llm-pruner, section 2.4)."""
-    sparsity = planned.freed / opened.anatomy.block_parameters * number / method.rounds
+    sparsity = planned.freed / opened.anatomy.block_parameters * number / method.looks
     return recipe.model_copy(update={"budget": None, "sparsity": sparsity})
 
 
@@ -163,7 +163,7 @@ def _looked_again(
     run: Run, method: StructureMethod, prepared: dict[str, Tensor], found: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Scores of the last round: what went in the rounds before has the lowest."""
-    for number in range(1, method.rounds):
+    for number in range(1, method.looks):
         asked = _on_the_way(
             run.opened, method, run.recipe, draft(run.opened, method, run.recipe, found, run.decode), number
         )
@@ -195,7 +195,7 @@ def _score(
     found: dict[str, Tensor] = {}
     groups = groups_of(run.opened, method)
     read = without_units(run.opened, gone) if gone else None
-    driver = run.driver(read, windows_of(run, number, method.windows_a_round))
+    driver = run.driver(read, windows_of(run, number, method.windows_a_look))
     watch = BlockWatch() if method.spread == "sigmoid" and not gone else None
     gradients: Mapping[str, Mapping[Statistic, Tensor]] = {}
     if method.statistics & BACKWARD:

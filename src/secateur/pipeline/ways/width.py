@@ -149,15 +149,15 @@ def _felt(run: Run, method: WidthMethod, chosen: list[Dimension]) -> dict[str, T
     """Importance of the hidden dimensions by what the loss feels of them. In several rounds that of those
     which are left is of the narrower model, and counts on top of that of all that went."""
     anatomy, found, kept = run.opened.anatomy, dict[str, Tensor](), torch.arange(0)
-    for number in range(method.rounds):
+    for number in range(method.looks):
         source: BlockSource = run.opened.source(run.device, run.dtype)
         if number:
-            near = _near(run.opened, chosen, run.recipe.resolved_sparsity * number / method.rounds)
+            near = _near(run.opened, chosen, run.recipe.resolved_sparsity * number / method.looks)
             kept = keep(chosen[0], found["hidden"], near["hidden"])["hidden"]
             source = _NarrowSource(_Narrow(run.opened, chosen, near, found), run.device, run.dtype)
 
         def find(source: BlockSource = source, number: int = number) -> dict[str, Tensor]:
-            windows = windows_of(run, number, method.windows_a_round)
+            windows = windows_of(run, number, method.windows_a_look)
             windows = windows.shard(run.group.rank, run.group.world) if run.group else windows
             driver = Driver(source, windows, group=run.group)
             return {"hidden": method.rank(stream_gradients(driver, method, run.scratch, run.progress))}
