@@ -236,7 +236,7 @@ class OpenBlock:
         try:
             for batch in held.batches:
                 self._run_until_seen(held, batch)
-                yield batch.real(seen.pop())
+                yield batch.real(seen.pop().reshape(*batch.windows.ids.shape, -1))
         finally:
             hook.remove()
 

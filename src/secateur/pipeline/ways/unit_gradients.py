@@ -98,8 +98,8 @@ def stream_gradients(
         group=driver.group,
     )
     own = [one for block in [*found.blocks, found.outer] for one in block]
-    norms = {matrix.name for block in anatomy.blocks for matrix in block.matrices}
-    own.sort(key=lambda one: one.member.module in norms)  # the root is a norm
+    matrices = {matrix.name for block in anatomy.blocks for matrix in block.matrices}
+    own.sort(key=lambda one: one.member.module in matrices)  # the root is a norm
     return {term: torch.stack([one.terms[term] for one in own]) for term in own[0].terms}
 
 
