@@ -18,9 +18,10 @@ from secateur.evaluation.memory import available_memory_bytes
 from secateur.formats.loads_in import loads_in
 from secateur.pipeline.data import window_length
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
+from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.plans.structure import structure_outcome
 from secateur.pipeline.ways.pieces import evaluations
-from secateur.pipeline.ways.table import checked_method
+from secateur.pipeline.ways.table import checked_method, planned_sizes
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
 from secateur.structure.base import PieceMethod, SearchMethod, StructureMethod
@@ -92,6 +93,7 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
             "zeros_after": int(anatomy.prunable_parameters * sparsity),
             "parameters_after": before,
             "bytes_after": nbytes,
+            "exact": True,
             "faster": False,
             "effect": effect(recipe.pattern, sparsity, removes=method.removes),
             "loads_in": {
@@ -100,17 +102,21 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
                 "gguf": loads_in(opened.checkpoint.config, opened.checkpoint.tensors)["gguf"],
             },
         }
-    freed = int(anatomy.block_parameters * sparsity)
-    after = nbytes - round(nbytes * freed / before)
+    found = planned_sizes(opened, method, recipe)
+    if found is None:
+        freed = int(anatomy.block_parameters * sparsity)
+        after = nbytes - round(nbytes * freed / before)
+        found = FileSizes(sparsity, before - freed, after, exact=False)
     return {
-        "sparsity": sparsity,
+        "sparsity": found.sparsity,
         "parameters_prunable": anatomy.block_parameters,
         "zeros_after": 0,
-        "parameters_after": before - freed,
-        "bytes_after": after,
+        "parameters_after": found.parameters,
+        "bytes_after": found.nbytes,
+        "exact": found.exact,
         "faster": True,
         "effect": effect(
-            recipe.pattern, sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=after
+            recipe.pattern, sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=found.nbytes
         ),
         "loads_in": {
             "transformers": "yes: as it is where all blocks come out alike, else after `import secateur` or "

@@ -17,6 +17,7 @@ from secateur.core.errors import RecipeError
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.draft import Draft, groups_of
 from secateur.pipeline.plans.result import Result
+from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.ways.cutting import Choice, Cutter
 from secateur.pipeline.ways.structure import outcome_of
@@ -27,7 +28,7 @@ from secateur.structure.allocation import Scored, require_reached, require_room
 from secateur.structure.base import AdaptiveMethod
 from secateur.structure.microsteps import Shrinking
 
-__all__ = ["check_adaptive", "prune_adaptive"]
+__all__ = ["adaptive_sizes", "check_adaptive", "prune_adaptive"]
 
 STEPS = "steps.safetensors"
 HISTORY = "history.json"
@@ -50,12 +51,25 @@ def check_adaptive(opened: Opened, method: AdaptiveMethod, recipe: Recipe) -> No
     state = _begun(opened, method, recipe)
     total = opened.anatomy.block_parameters
     require_room(state.most, recipe.resolved_sparsity, total, method)
-    while blocks := state.open_blocks:
-        unequal = {block: method.step * (1 + number / len(blocks)) for number, block in enumerate(blocks)}
-        state.take(unequal, [torch.zeros(units.count) for _, units in state.groups])
+    _take_all(state, method)
     flat = [Scored(block, units, torch.zeros(units.count)) for block, units in state.groups]
     require_reached(flat, state.gone, recipe.resolved_sparsity, total, together=1)
     _ = Result.of(opened, state.groups, state.kept(), []).config_updates
+
+
+def adaptive_sizes(opened: Opened, method: AdaptiveMethod, recipe: Recipe) -> FileSizes:
+    """What a run that finds all units alike will write: near to what it finds otherwise."""
+    state = _begun(opened, method, recipe)
+    _take_all(state, method)
+    result = Result.of(opened, state.groups, state.kept(), [])
+    share = state.freed / opened.anatomy.block_parameters
+    return FileSizes(share, result.parameters, result.nbytes, exact=False)
+
+
+def _take_all(state: Shrinking, method: AdaptiveMethod) -> None:
+    while blocks := state.open_blocks:
+        unequal = {block: method.step * (1 + number / len(blocks)) for number, block in enumerate(blocks)}
+        state.take(unequal, [torch.zeros(units.count) for _, units in state.groups])
 
 
 def prune_adaptive(run: Run, method: AdaptiveMethod) -> Outcome:

@@ -12,6 +12,7 @@ from secateur.anatomy.sliced import require_unsliced
 from secateur.core.errors import RecipeError
 from secateur.core.statistics import BACKWARD
 from secateur.pipeline.opened import Opened
+from secateur.pipeline.plans.sizes import FileSizes, sizes_of
 from secateur.pipeline.state import SCORES, Outcome, Run
 from secateur.pipeline.ways.remaining import Remaining
 from secateur.pipeline.ways.unit_gradients import block_gradients, windows_of, without_blocks
@@ -20,7 +21,7 @@ from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 from secateur.structure.base import BlockStates, DepthMethod
 
-__all__ = ["check_depth", "prune_depth"]
+__all__ = ["check_depth", "depth_sizes", "prune_depth"]
 
 NOTED = ("influence", "importance")
 """Of what was found of a block, one number each."""
@@ -36,6 +37,16 @@ def check_depth(opened: Opened, method: DepthMethod, recipe: Recipe) -> None:
         )
     require_unsliced(opened.checkpoint.config)
     _count(len(opened.anatomy.blocks), recipe.resolved_sparsity)
+
+
+def depth_sizes(opened: Opened, method: DepthMethod, recipe: Recipe) -> FileSizes:
+    """What the run will write if the last blocks go: the same as without any others that are as large."""
+    blocks = opened.anatomy.blocks
+    count = _count(len(blocks), recipe.resolved_sparsity)
+    remaining = Remaining.of(opened, range(len(blocks) - count), {}, {})
+    removed = sum(block.size for block in blocks[-count:]) / opened.anatomy.block_parameters
+    alike = all(block.parameters == blocks[0].parameters for block in blocks)
+    return sizes_of(opened, remaining.layout(opened), removed, exact=alike)
 
 
 def prune_depth(run: Run, method: DepthMethod) -> Outcome:

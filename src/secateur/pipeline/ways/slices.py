@@ -27,13 +27,14 @@ from secateur.core.errors import RecipeError
 from secateur.core.numerics import exact_products
 from secateur.pipeline.matrices import generator_for
 from secateur.pipeline.opened import Opened
+from secateur.pipeline.plans.sizes import FileSizes, sizes_of
 from secateur.pipeline.state import Outcome, Run
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 from secateur.structure.base import SliceMethod
 from secateur.structure.rotation import lost_energy, rotate_block, turned, written_in
 
-__all__ = ["check_slices", "prune_slices"]
+__all__ = ["check_slices", "prune_slices", "slice_sizes"]
 
 NOTES = ("lost_after_attention", "lost_after_feed_forward")
 LOADING = "Blocks have shortcut matrices: load it after `import secateur`, or with trust_remote_code=True."
@@ -51,6 +52,12 @@ def check_slices(opened: Opened, method: SliceMethod, recipe: Recipe) -> None:
             f"scores with method {method.id!r}", "a method that ranks single units", "leave --scores out"
         )
     _Slices(opened, method, recipe.resolved_sparsity)
+
+
+def slice_sizes(opened: Opened, method: SliceMethod, recipe: Recipe) -> FileSizes:
+    """What the run will write: tied heads come out untied."""
+    slices = _Slices(opened, method, recipe.resolved_sparsity)
+    return sizes_of(opened, slices.layout, slices.sparsity)
 
 
 def prune_slices(run: Run, method: SliceMethod) -> Outcome:

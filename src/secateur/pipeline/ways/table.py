@@ -11,12 +11,13 @@ from secateur.core.method import METHODS, Method
 from secateur.core.progress import Progress
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.decode_costs import DecodeTable
+from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.state import Outcome, Run
-from secateur.pipeline.ways.adaptive import check_adaptive, prune_adaptive
-from secateur.pipeline.ways.depth import check_depth, prune_depth
+from secateur.pipeline.ways.adaptive import adaptive_sizes, check_adaptive, prune_adaptive
+from secateur.pipeline.ways.depth import check_depth, depth_sizes, prune_depth
 from secateur.pipeline.ways.pieces import check_pieces, prune_pieces
 from secateur.pipeline.ways.search import check_search, prune_search
-from secateur.pipeline.ways.slices import check_slices, prune_slices
+from secateur.pipeline.ways.slices import check_slices, prune_slices, slice_sizes
 from secateur.pipeline.ways.structure import (
     check_structure,
     decode_table,
@@ -24,7 +25,7 @@ from secateur.pipeline.ways.structure import (
     structure_observes,
 )
 from secateur.pipeline.ways.weights import check_weights, prune_weights, weights_observe
-from secateur.pipeline.ways.width import check_width, prune_width
+from secateur.pipeline.ways.width import check_width, prune_width, width_sizes
 from secateur.recipe import Recipe
 from secateur.structure.base import (
     AdaptiveMethod,
@@ -37,7 +38,7 @@ from secateur.structure.base import (
 )
 from secateur.weights.base import WeightMethod
 
-__all__ = ["checked_method", "measured_decode", "observes", "prune_blocks_of"]
+__all__ = ["checked_method", "measured_decode", "observes", "planned_sizes", "prune_blocks_of"]
 
 
 class _Way(NamedTuple):
@@ -48,6 +49,7 @@ class _Way(NamedTuple):
         check: `check(opened, method, recipe)` refuses, before a weight is read, what cannot be done.
         prune: `prune(run, method)` writes all blocks.
         observes: `observes(method, recipe)`: whether that looks at calibration text.
+        sizes: `sizes(opened, method, recipe)`: of the files, where they are known or can be foretold.
         budgets: it comes down to budgets and follows plans; the others take a sparsity.
     """
 
@@ -55,6 +57,7 @@ class _Way(NamedTuple):
     check: Callable[[Opened, Any, Recipe], None]
     prune: Callable[[Run, Any], Outcome]
     observes: Callable[[Any, Recipe], bool] = lambda method, recipe: True
+    sizes: Callable[[Opened, Any, Recipe], FileSizes | None] = lambda opened, method, recipe: None
     budgets: bool = False
 
 
@@ -62,11 +65,11 @@ WAYS = (
     _Way(WeightMethod, check_weights, prune_weights, weights_observe),
     _Way(SearchMethod, check_search, prune_search),
     _Way(StructureMethod, check_structure, prune_structure, structure_observes, budgets=True),
-    _Way(AdaptiveMethod, check_adaptive, prune_adaptive),
-    _Way(DepthMethod, check_depth, prune_depth),
+    _Way(AdaptiveMethod, check_adaptive, prune_adaptive, sizes=adaptive_sizes),
+    _Way(DepthMethod, check_depth, prune_depth, sizes=depth_sizes),
     _Way(PieceMethod, check_pieces, prune_pieces),
-    _Way(WidthMethod, check_width, prune_width),
-    _Way(SliceMethod, check_slices, prune_slices),
+    _Way(WidthMethod, check_width, prune_width, sizes=width_sizes),
+    _Way(SliceMethod, check_slices, prune_slices, sizes=slice_sizes),
 )
 """The first whose base class a method has is its way."""
 
@@ -106,6 +109,11 @@ def measured_decode(
     if not isinstance(method, StructureMethod):
         return None
     return decode_table(opened, method, recipe, progress, cache)
+
+
+def planned_sizes(opened: Opened, method: Method, recipe: Recipe) -> FileSizes | None:
+    """Of the files that a run will write; None where they depend on what it finds."""
+    return _way(method).sizes(opened, method, recipe)
 
 
 def prune_blocks_of(run: Run) -> Outcome:

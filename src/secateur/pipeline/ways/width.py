@@ -22,6 +22,7 @@ from secateur.core.statistics import BACKWARD
 from secateur.evaluation.quality import perplexity
 from secateur.pipeline.matrices import statistics_of
 from secateur.pipeline.opened import Opened
+from secateur.pipeline.plans.sizes import FileSizes, sizes_of
 from secateur.pipeline.state import SCORES, Outcome, Run
 from secateur.pipeline.ways.unit_gradients import stream_gradients, windows_of
 from secateur.recipe import Recipe
@@ -38,7 +39,7 @@ from secateur.structure.widths import (
     largest,
 )
 
-__all__ = ["check_width", "keep", "on_top", "prune_width"]
+__all__ = ["check_width", "keep", "on_top", "prune_width", "width_sizes"]
 
 LEAST_KEPT = 0.6
 """Of every dimension, in a search: the paper removes at most 40% of a width."""
@@ -58,6 +59,15 @@ def check_width(opened: Opened, method: WidthMethod, recipe: Recipe) -> None:
             f"scores with method {method.id!r}", "a method that ranks single units", "leave --scores out"
         )
     _proposals(opened, method, recipe.resolved_sparsity)
+
+
+def width_sizes(opened: Opened, method: WidthMethod, recipe: Recipe) -> FileSizes:
+    """What the run will write; with `search` the most promising of what it will try."""
+    chosen = dimensions(opened.anatomy, method.widths, method.multiples)
+    proposals = _proposals(opened, method, recipe.resolved_sparsity)
+    layout = _Narrow(opened, chosen, proposals[0], {}).layout
+    share = freed(opened.anatomy, chosen, proposals[0]) / opened.anatomy.block_parameters
+    return sizes_of(opened, layout, share, exact=len(proposals) == 1)
 
 
 def prune_width(run: Run, method: WidthMethod) -> Outcome:
