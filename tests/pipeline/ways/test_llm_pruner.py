@@ -19,7 +19,7 @@ from secateur.calibration.driver import Driver
 from secateur.calibration.source import MemorySource
 from secateur.calibration.windows import Windows
 from secateur.checkpoint.locate import locate
-from secateur.core.errors import RecipeError
+from secateur.core.errors import AnatomyError, RecipeError
 from secateur.core.method import METHODS
 from secateur.core.progress import SILENT
 from secateur.pipeline.state import Run
@@ -172,6 +172,19 @@ def test_steps_that_look_at_their_own_windows(tmp_path: Path) -> None:
     assert plans[0]["blocks"] != plans[1]["blocks"]
 
 
+@pytest.mark.parametrize("spread", ["uniform", "global", "knapsack"])
+def test_what_went_in_the_first_step_does_not_come_back(spread: str, tmp_path: Path) -> None:
+    model, options = save_tiny("llama", tmp_path / "model", num_hidden_layers=4), {"spread": spread}
+    prune(model, tmp_path / "half", options=options, sparsity=0.15)
+    prune(model, tmp_path / "steps", options={**options, "steps": 2}, sparsity=0.3)
+    half, steps = (
+        json.loads((tmp_path / name / "plan.json").read_text())["blocks"] for name in ("half", "steps")
+    )
+    for earlier, later in zip(half, steps, strict=True):
+        assert all(set(later[kind]) <= set(earlier[kind]) for kind in earlier)
+    assert not (tmp_path / "steps" / "scores.safetensors").exists()
+
+
 def test_what_went_stays_below_what_is_left() -> None:
     before = torch.tensor([5.0, 1.0, 3.0, 2.0, 4.0]).double()
     found = on_top(before, torch.tensor([0, 4, 2]), torch.tensor([0.0, 9.0, 0.5]).double())
@@ -262,10 +275,13 @@ def test_what_steps_cannot_do_is_refused_before_anything_is_written(tmp_path: Pa
             model,
             tmp_path / "out",
             options={"steps": 2, "targets": "heads", "protect_first": 0},
-            sparsity=0.178,
+            sparsity=0.172,
         )
     with pytest.raises(RecipeError, match="budget"):
         prune(model, tmp_path / "out", options={"mode": "channel"}, sparsity=None, budget="parameters=0.8x")
+    unlisted = save_tiny("stablelm", tmp_path / "unlisted", num_hidden_layers=4)
+    with pytest.raises(AnatomyError, match="family file"):
+        prune(unlisted, tmp_path / "out", options={"mode": "layer", "steps": 2}, sparsity=0.5)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from secateur.anatomy.sliced import require_unsliced
-from secateur.core.errors import RecipeError
+from secateur.core.errors import AnatomyError, RecipeError
 from secateur.core.statistics import BACKWARD
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.sizes import FileSizes, sizes_of
@@ -28,7 +28,12 @@ NOTED = ("influence", "importance")
 
 
 def check_depth(opened: Opened, method: DepthMethod, recipe: Recipe) -> None:
-    """Refuse, before anything is read or written, what could not be done. Raises `RecipeError`."""
+    """Refuse, before anything is read or written, what could not be done.
+
+    Raises:
+        RecipeError: scores, or a share that is no block or all.
+        AnatomyError: a sliced model, or several steps on a family that is not known.
+    """
     if recipe.scores is not None:
         raise RecipeError(
             f"scores with method {method.id!r}",
@@ -36,6 +41,12 @@ def check_depth(opened: Opened, method: DepthMethod, recipe: Recipe) -> None:
             "leave --scores out",
         )
     require_unsliced(opened.checkpoint.config)
+    if method.looks > 1 and opened.anatomy.inferred:
+        raise AnatomyError(
+            f"{method.looks} steps on {opened.anatomy.family!r} blocks, whose writers are not known",
+            "a family with a family file",
+            "leave -O steps= out",
+        )
     _count(len(opened.anatomy.blocks), recipe.resolved_sparsity)
 
 

@@ -117,7 +117,7 @@ def _proposals(opened: Opened, method: WidthMethod, sparsity: float) -> list[Wid
         raise RecipeError(
             f"sparsity {sparsity:g} by {', '.join(method.widths)} alone, in the multiples asked for",
             f"a share that legal widths make, such as {', '.join(map(str, near[:3])) or 'none'}",
-            "choose another --sparsity, other widths (-O width=) or finer multiples (-O round_ffn=1)",
+            f"choose another --sparsity, or finer multiples (see: secateur methods {method.id})",
         )
     return [widths for widths, _ in proposals]
 
