@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from secateur.anatomy.members import Member, Part, members
+from secateur.anatomy.cut import residual_spaces
+from secateur.anatomy.members import Member, Part, members, members_of, whole_members
 from secateur.calibration.source import MemorySource
 from secateur.calibration.taylor import MemberTerms, Taylor, _Collection, collect_taylor
 from secateur.calibration.windows import Windows
@@ -37,8 +38,9 @@ def collect(
     terms: Sequence[Statistic] = tuple(TERMS),
     **options: Any,
 ) -> Taylor:
-    spaces = options.pop("spaces", [SPACES] * model.config.num_hidden_layers)
-    return collect_taylor(MemorySource(model), windows, terms=terms, spaces=spaces, scratch=folder, **options)
+    source, spaces = MemorySource(model), options.pop("spaces", [SPACES] * model.config.num_hidden_layers)
+    wanted = [members(block, own) for block, own in zip(source.anatomy.blocks, spaces, strict=True)]
+    return collect_taylor(source, windows, terms=terms, wanted=wanted, scratch=folder, **options)
 
 
 def gradients(model: PreTrainedModel, windows: Windows) -> list[dict[str, Tensor]]:
@@ -60,8 +62,8 @@ def by_autograd(
     """The definitions, element by element."""
     parameters, terms = dict(model.named_parameters()), dict.fromkeys(TERMS, torch.zeros(()).double())
     for part in member.parts:
-        weight = parameters[f"{prefix}.{part.parameter}"].detach()
-        each = torch.stack([gradient[f"{prefix}.{part.parameter}"] for gradient in found])
+        name = f"{prefix}.{part.parameter}".lstrip(".")
+        weight, each = parameters[name].detach(), torch.stack([gradient[name] for gradient in found])
         mean, square = each.mean(0), each.square().mean(0)
         elements = {
             "taylor_vector": weight * mean,
@@ -101,6 +103,49 @@ def test_terms_are_those_of_autograd_through_the_whole_model(family: str, tmp_pa
         loss = model(windows.ids, labels=windows.ids, use_cache=False).loss
     assert taylor.loss == pytest.approx(float(loss), rel=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 30])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt", "granite", "gemma2"])
+def test_the_stream_is_felt_outside_the_blocks_too(family: str, budget: int, tmp_path: Path) -> None:
+    """Tied or not, with positions, with embeddings that are scaled; in one chunk or one a window."""
+    model, windows = tiny_model(family), windows_of()
+    source = MemorySource(model)
+    spaces = residual_spaces(source.anatomy)
+    outer = members_of(source.anatomy.outer_axes, spaces)
+    assert len(outer) == (3 if family in ("llama", "granite", "gpt2", "opt") else 2)
+    taylor = collect_taylor(
+        source,
+        windows,
+        terms=TERMS,
+        wanted=[members(block, spaces) for block in source.anatomy.blocks],
+        outer=outer,
+        scratch=tmp_path,
+        budget_bytes=budget,
+    )
+    found = gradients(model, windows)
+    for one in taylor.outer:
+        for term, expected in by_autograd(model, "", one.member, found).items():
+            scale = 1e-4 * float(expected.abs().max())
+            torch.testing.assert_close(one.terms[term], expected, rtol=1e-4, atol=scale)
+    assert not any(parameter.requires_grad for parameter in source.model.parameters())
+
+
+def test_a_block_as_a_whole_is_the_sum_over_all_its_tensors(tmp_path: Path) -> None:
+    model, windows = tiny_model("deepseek_v3"), windows_of()
+    source = MemorySource(model)
+    wanted = [whole_members(block) for block in source.anatomy.blocks]
+    taylor = collect_taylor(source, windows, terms=TERMS, wanted=wanted, scratch=tmp_path)
+    found = gradients(model, windows)
+    for block, own in zip(source.anatomy.blocks, taylor.blocks, strict=True):
+        for one in own:
+            if one.member.parts[0].parameter.endswith("e_score_correction_bias"):
+                assert not any(values.any() for values in one.terms.values())  # a buffer feels nothing
+                continue
+            expected = by_autograd(model, block.prefix, one.member, found)
+            scale = 1e-4 * float(expected["taylor_first"])
+            for term in TERMS:
+                torch.testing.assert_close(one.terms[term], expected[term], rtol=1e-4, atol=scale)
 
 
 def test_rows_bring_their_biases_and_fused_matrices_their_segments() -> None:
@@ -209,11 +254,10 @@ def reduced(weight: Tensor, each: Tensor, tmp_path: Path) -> dict[Statistic, Ten
     member = Member("w", "ffn", (Part("w", 0, 0, len(weight), 1),))
     run = _Collection([[member]], set(TERMS), len(each), tmp_path, None)
     opened: Any = SimpleNamespace(
-        block=SimpleNamespace(index=0),
         parameters={"w": weight},
         each=lambda names: ({"w": gradient.clone()} for gradient in each),
     )
-    run.add(opened, first=True, last=True)
+    run.add(0, opened, first=True, last=True)
     return run.finished()[0][0].terms
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
+from secateur.anatomy.members import members
 from secateur.calibration.distributed import Group
 from secateur.calibration.driver import Driver
 from secateur.calibration.gradients import collect_gradients
@@ -48,11 +49,12 @@ def results(part: Windows, group: Group | None, folder: Path) -> dict[str, Tenso
     )
     found["meta"] = torch.tensor([store.meta[key] for key in ("sequences", "tokens", "loss")])
     found |= {f"gradient.{name}": tensor for name, tensor in store.load(1).items()}
+    source = MemorySource(tiny_model("llama"))
     taylor = collect_taylor(
-        MemorySource(tiny_model("llama")),
+        source,
         part,
         terms=BACKWARD - {"gradient"},
-        spaces=[["ffn", "heads"]] * 2,
+        wanted=[members(block, ["ffn", "heads"]) for block in source.anatomy.blocks],
         scratch=folder,
         budget_bytes=1,
         group=group,

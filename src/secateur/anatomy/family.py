@@ -90,9 +90,12 @@ class Family(_Entry):
         parts_when: condition without which the parts of a block cannot be removed.
         files: parameters that are stored under other names than in memory.
         norms: of a block that adds attention(norm(x)) and then feed_forward(norm(x)) to x and does nothing
-            else: the two norms in this order, each with the module that reads it. Only such models can be
-            sliced.
+            else: the two norms in this order, each with the module that reads it, or with several that are
+            called one after the other. Only such models can be sliced.
         experts: keys of the router, where there are experts.
+        norms_when: condition without which they cannot.
+        centred: norms subtract the mean.
+        parallel_when: condition under which both norms read what enters the block.
 
     The rest is needed only to say from `config.json` alone, without the model, what the model is made of:
 
@@ -119,8 +122,11 @@ class Family(_Entry):
     parts: dict[str, dict[str, Literal["input", "zeros", "pair"]]] = {}
     parts_when: str = ""
     files: dict[str, list[str]] = {}
-    norms: dict[str, str] = {}
     experts: ExpertsEntry | None = None
+    norms: dict[str, str | list[str]] = {}
+    norms_when: str = ""
+    centred: bool = False
+    parallel_when: str = ""
     outer: dict[str, str | list[str]] = {}
     when: dict[str, str | bool] = {}
     aliases: dict[str, str] = {}

@@ -102,6 +102,19 @@ class FileLayout:
         """Names on disk of one parameter of block `index`."""
         return _names({parameter: self._blocks[index][parameter]})
 
+    def block_shapes(self) -> list[dict[str, Shape]]:
+        """For every block, by name on disk, the shape of what is stored."""
+        return [_shapes(block) for block in self._blocks]
+
+    def outer_shapes(self) -> dict[str, Shape]:
+        """The same of what stands outside the blocks."""
+        return _shapes(self._outer)
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return len(self._blocks)
+
     def outer_names(self) -> list[str]:
         """Names on disk of embedding, head, norms and whatever else stands outside the blocks."""
         return _names(self._outer)
@@ -261,3 +274,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _names(parameters: Mapping[str, _Stored]) -> list[str]:
     return [piece.name for stored in parameters.values() for piece in stored.pieces]
+
+
+def _shapes(parameters: Mapping[str, _Stored]) -> dict[str, Shape]:
+    return {piece.name: piece.shape for stored in parameters.values() for piece in stored.pieces}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from secateur.anatomy.model import Block
+from secateur.anatomy.model import Axis, Block
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Member", "Part", "members"]
+__all__ = ["Member", "Part", "members", "members_of", "whole_members"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,13 @@ class Member:
 
 def members(block: Block, spaces: Collection[str]) -> list[Member]:
     """Everything in the block that lies along these spaces, in the order of its parameters."""
+    return members_of(block.axes, spaces)
+
+
+def members_of(axes_of: Mapping[str, Sequence[Axis]], spaces: Collection[str]) -> list[Member]:
+    """The same of any parameters, by name with their axes."""
     found: dict[tuple[str, str, int], list[Part]] = {}
-    for parameter, axes in block.axes.items():
+    for parameter, axes in axes_of.items():
         module = parameter.rpartition(".")[0]
         for dimension, axis in enumerate(axes):
             start = 0
@@ -59,3 +64,11 @@ def members(block: Block, spaces: Collection[str]) -> list[Member]:
                     found.setdefault((module, segment.space, number), []).append(part)
                 start += segment.size
     return [Member(module, space, tuple(parts)) for (module, space, _), parts in found.items()]
+
+
+def whole_members(block: Block) -> list[Member]:
+    """Every tensor of the block as a member with one entry: the block itself."""
+    return [
+        Member(name.rpartition(".")[0], "", (Part(name, 0, 0, 1, shape[0]),))
+        for name, shape in block.parameters.items()
+    ]

@@ -159,8 +159,6 @@ class Anatomy:
             concatenated along the rows; `*` stands for the slices of the first dimension.
         inferred: found by looking at the model rather than by a family file.
         outer_axes: of the parameters in `outer`, each dimension with its spaces, where the family file says.
-        norms: the two norms of every block with the module that reads each, attention first, where nothing
-            else stands between the residual stream and the two.
     """
 
     family: str
@@ -178,7 +176,6 @@ class Anatomy:
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     inferred: bool = False
     outer_axes: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
-    norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:

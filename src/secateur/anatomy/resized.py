@@ -12,7 +12,7 @@ from secateur.anatomy.family import load_family
 from secateur.anatomy.look import look_at
 from secateur.anatomy.model import Anatomy, Shape
 from secateur.anatomy.skeleton import build_meta
-from secateur.anatomy.sliced import OUTPUT_KEY
+from secateur.anatomy.sliced import OUTPUT_KEY, STREAM_KEY
 from secateur.core.errors import AnatomyError
 from secateur.loading import MODEL_TYPE, REMOTE_CODE
 
@@ -46,7 +46,10 @@ def resized_config(
     Raises:
         AnatomyError: the model classes of this family cannot have these sizes.
     """
-    known, keys = config.get("per_layer_config", {}), {"output": OUTPUT_KEY, **anatomy.keys}
+    known, keys = (
+        config.get("per_layer_config", {}),
+        {"stream": STREAM_KEY, "output": OUTPUT_KEY, **anatomy.keys},
+    )
     names = _names(anatomy)
     own = [
         {

@@ -38,8 +38,8 @@ def resolve(config: PretrainedConfig, skeleton: PreTrainedModel | None = None) -
     family = load_family(kind)
     if family is None:
         return infer(config, model)
-    if getattr(config, FLAG, False):
-        family = sliced_family(family)
+    if told := getattr(config, FLAG, None):
+        family = sliced_family(family, told)
     sizes = Sizes.of(family, kind, values_of(config))
     own = {
         int(index): Sizes.of(family, kind, values_of(BlockConfig(config, changed)))

@@ -44,7 +44,6 @@ def assemble(
         keys=_keys(family.spaces),
         files={name: tuple(stored) for name, stored in family.files.items()},
         outer_axes=_outer_axes(family, sizes, outline),
-        norms=family.norms,
     )
 
 

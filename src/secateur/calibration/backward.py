@@ -21,7 +21,15 @@ from secateur.calibration.source import BlockSource
 from secateur.calibration.windows import Windows
 from secateur.core.progress import Task
 
-__all__ = ["BUDGET_BYTES", "Backward", "Chunk", "IndexedWatch", "OpenGradients", "next_token_loss"]
+__all__ = [
+    "BUDGET_BYTES",
+    "Backward",
+    "Chunk",
+    "IndexedWatch",
+    "OpenGradients",
+    "OuterGradients",
+    "next_token_loss",
+]
 
 BUDGET_BYTES = 1 << 30
 
@@ -93,21 +101,24 @@ class Chunk:
         self.sequences = sum(len(batch) for batch in batches)
         self.tokens = sum(batch.tokens for batch in batches)
         self.loss = 0.0
+        self._entered: tuple[Activations, Tensor] | None = None
 
     def blocks(
-        self, task: Task, *, lowest: int = 0, watch: IndexedWatch | None = None
+        self, task: Task, *, lowest: int = 0, watch: IndexedWatch | None = None, outer: bool = False
     ) -> Iterator[OpenGradients]:
         """The blocks from the last down to `lowest`, each with the gradients of what it wrote.
 
         Args:
             task: advances by one for every block forward, and for every block back.
             watch: sees what enters and leaves every block on the way forward.
+            outer: keep what `outer()` needs; `lowest` is 0 then.
         """
         source = self._source
         held = Activations(self._forward, source.device, self.sequences, self._length)
         for batch in self._batches:
             held.add(batch)
         inputs = self._run(held, task, watch)
+        self._entered = (held, held.copy()) if outer else None
         self.loss = self._head(held)
         for block in reversed(source.anatomy.blocks[lowest:]):
             module = source.open(block.index)
@@ -116,6 +127,12 @@ class Chunk:
             opened.finish()
             source.store(block.index, module)
             task.advance()
+
+    def outer(self) -> OuterGradients:
+        """Embedding, norm and head, after the gradients went through all blocks."""
+        if self._entered is None:
+            raise RuntimeError("outer parameters are there after blocks(outer=True)")
+        return OuterGradients(self._source.model, self._forward, *self._entered)
 
     def _run(self, held: Activations, task: Task, watch: IndexedWatch | None) -> list[Tensor]:
         """Leaves the output of the last block in `held`; returns the inputs of every block."""
@@ -192,6 +209,39 @@ class OpenGradients:
         if not self._finished:
             for _ in self.each(()):
                 pass
+
+
+class OuterGradients:
+    """What stands outside the blocks: reached by the gradient of what enters them, and through the head.
+
+    Attributes:
+        parameters: by full name; a tied one is there once, and feels both ends.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, held: Activations, outputs: Tensor) -> None:
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self._forward, self._held, self._outputs = forward, held, outputs
+
+    def each(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """As that of `OpenGradients`. The head is run again: gradients of one window after the other are not
+        kept for a vocabulary."""
+        wanted = {name: self.parameters[name].requires_grad_() for name in names}
+        device = self._held.device
+        for batch in self._held.batches:
+            with _differentiating(device):
+                entering = self._forward.capture(batch.windows).hidden
+                logits = self._forward.logits(batch.windows, self._outputs[batch.where].to(device))
+                parts = zip(torch.split(logits, 1), batch.windows.batches(1), strict=True)
+                loss = torch.stack([next_token_loss(*part) for part in parts]).sum()
+            ends = [(entering, self._held.input(batch)), (loss, None)]
+            reached = [(end, gradient) for end, gradient in ends if end.requires_grad]
+            torch.autograd.backward([end for end, _ in reached], [gradient for _, gradient in reached])
+            found = {name: p.grad for name, p in wanted.items() if p.grad is not None}
+            for parameter in wanted.values():
+                parameter.grad = None
+            yield found
+        for parameter in wanted.values():
+            parameter.requires_grad_(False)
 
 
 def next_token_loss(logits: Tensor, windows: Windows) -> Tensor:

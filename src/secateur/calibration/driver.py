@@ -253,7 +253,7 @@ class OpenBlock:
     def reaching(self, path: str) -> Iterator[Tensor]:
         """The real tokens that enter a submodule, (tokens, d) batch by batch; the block is run no further."""
         for batch, tensors in self.calls(path):
-            yield batch.real(tensors[0])
+            yield batch.real(tensors[0].reshape(*batch.windows.ids.shape, -1))
 
     def calls(self, path: str) -> Iterator[tuple[Batch, list[Tensor]]]:
         """The tensors that a submodule is called with, batch by batch; the block is run no further."""

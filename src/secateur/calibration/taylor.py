@@ -14,15 +14,16 @@ Gradients are float32 and are reduced to one float64 number a unit while their b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from secateur.anatomy.members import Member, members
-from secateur.calibration.backward import BUDGET_BYTES, Backward, IndexedWatch, OpenGradients
+from secateur.anatomy.members import Member
+from secateur.calibration.backward import BUDGET_BYTES, Backward, IndexedWatch
 from secateur.calibration.distributed import Group
 from secateur.calibration.source import BlockSource
 from secateur.calibration.windows import Windows
@@ -55,12 +56,23 @@ class MemberTerms:
 @dataclass(frozen=True)
 class Taylor:
     """Attributes:
-    blocks: for every block its members along the spaces asked for.
+    blocks: for every block the members asked for.
+    outer: those outside the blocks.
     loss: mean over the sequences, nats a token.
     """
 
     blocks: list[list[MemberTerms]]
+    outer: list[MemberTerms]
     loss: float
+
+
+class _Differentiated(Protocol):
+    """Parameters with their gradients: those of a block, or those outside the blocks."""
+
+    @property
+    def parameters(self) -> dict[str, Tensor]: ...
+
+    def each(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]: ...
 
 
 def collect_taylor(
@@ -68,7 +80,8 @@ def collect_taylor(
     windows: Windows,
     *,
     terms: Collection[Statistic],
-    spaces: Sequence[Collection[str]],
+    wanted: Sequence[Sequence[Member]],
+    outer: Sequence[Member] = (),
     scratch: Path,
     budget_bytes: int = BUDGET_BYTES,
     progress: Progress = SILENT,
@@ -83,7 +96,8 @@ def collect_taylor(
     Args:
         windows: of this process; with a `group`, its shard.
         terms: which of the `taylor_` statistics.
-        spaces: of every block those wanted; the way back ends at the first block that has one.
+        wanted: of every block; the way back ends at the first block that has one.
+        outer: outside the blocks, by full names; a tied parameter is one.
         budget_bytes: memory for activations.
         watch: sees what enters and leaves every block on the way forward.
 
@@ -100,27 +114,30 @@ def collect_taylor(
         group=group,
     )
     blocks = source.anatomy.blocks
-    found = [members(block, wanted) for block, wanted in zip(blocks, spaces, strict=True)]
-    lowest = next((index for index, own in enumerate(found) if own), len(blocks) - 1)
-    run = _Collection(found, set(terms), sum(backward.shards), scratch, group)
+    lowest = next((index for index, own in enumerate(wanted) if own), len(blocks) - 1)
+    lowest = 0 if outer else lowest
+    run = _Collection([*wanted, outer], set(terms), sum(backward.shards), scratch, group)
     loss = torch.zeros(1, dtype=torch.float64)
     with progress.task("gradients", backward.chunks * (2 * len(blocks) - lowest)) as task:
         for number in range(backward.chunks):
-            chunk = backward.chunk(number)
-            for opened in chunk.blocks(task, lowest=lowest, watch=watch):
-                run.add(opened, first=number == 0, last=number == backward.chunks - 1)
+            chunk, ends = backward.chunk(number), (number == 0, number == backward.chunks - 1)
+            for opened in chunk.blocks(task, lowest=lowest, watch=watch, outer=bool(outer)):
+                run.add(opened.block.index, opened, *ends)
+            if outer:
+                run.add(len(blocks), chunk.outer(), *ends)
             loss += chunk.loss
     if group is not None:
         group.all_reduce(loss)
-    return Taylor(run.finished(), float(loss) / run.sequences)
+    *found, outside = run.finished()
+    return Taylor(found, outside, float(loss) / run.sequences)
 
 
 class _Collection:
-    """Terms of all blocks while they grow."""
+    """Terms of all blocks, and last of what stands outside, while they grow."""
 
     def __init__(
         self,
-        found: list[list[Member]],
+        found: Sequence[Sequence[Member]],
         terms: set[Statistic],
         sequences: int,
         scratch: Path,
@@ -130,15 +147,16 @@ class _Collection:
         self.blocks = [[MemberTerms(member, _zeros(member, terms)) for member in own] for own in found]
         self.whole = terms - OF_SEQUENCES
 
-    def add(self, opened: OpenGradients, *, first: bool, last: bool) -> None:
-        """The next chunk of sequences of one block."""
-        own = self.blocks[opened.block.index]
+    def add(self, index: int, opened: _Differentiated, first: bool, last: bool) -> None:
+        """The next chunk of sequences of one block; what is no parameter (a buffer) feels nothing."""
+        own = self.blocks[index]
         weights = {
             part.parameter: opened.parameters[part.parameter].detach()
             for one in own
             for part in one.member.parts
+            if part.parameter in opened.parameters
         }
-        sums = self._sums(opened, weights, first)
+        sums = self._sums(index, weights, first)
         for gradients in opened.each(weights):
             for name, gradient in gradients.items():
                 if f"{name}.squares" in sums:
@@ -150,7 +168,7 @@ class _Collection:
         if last:
             self._reduce(own, weights, sums)
         elif sums:
-            save_tensors(self._path(opened), sums)
+            save_tensors(self._path(index), sums)
 
     def finished(self) -> list[list[MemberTerms]]:
         """All terms, over all processes. Raises `NumericsError`."""
@@ -165,11 +183,11 @@ class _Collection:
                         raise NumericsError(f"{index}.{one.member.module}: its gradients are not finite")
         return self.blocks
 
-    def _sums(self, opened: OpenGradients, weights: dict[str, Tensor], first: bool) -> dict[str, Tensor]:
+    def _sums(self, index: int, weights: dict[str, Tensor], first: bool) -> dict[str, Tensor]:
         """Of the gradients so far, by parameter, and of their squares where they are needed."""
         if not self.whole:
             return {}
-        path = self._path(opened)
+        path = self._path(index)
         if not first:
             sums = read_tensors(path, read_header(path).values())
             path.unlink()
@@ -202,9 +220,9 @@ class _Collection:
                 curvature = sums[f"{name}.squares"].mul_(weights[name]).mul_(weights[name])
                 _add(own, name, "taylor_mixed", products.sub_(curvature, alpha=0.5).abs_())
 
-    def _path(self, opened: OpenGradients) -> Path:
+    def _path(self, index: int) -> Path:
         rank = 0 if self.group is None else self.group.rank
-        return self.scratch / f"taylor-{rank}-{opened.block.index:05d}.safetensors"
+        return self.scratch / f"taylor-{rank}-{index:05d}.safetensors"
 
 
 def _zeros(member: Member, terms: Collection[Statistic]) -> dict[Statistic, Tensor]:

@@ -75,12 +75,13 @@ def planned(facts: Mapping[str, Any]) -> list[Any]:
     """`secateur plan`."""
     free = size(facts["available_memory_bytes"])
     fits = "fits" if facts["peak_memory_bytes"] <= facts["available_memory_bytes"] else "DOES NOT FIT"
+    about = "" if facts.get("exact", True) else "about "  # what goes where is what the run finds
     rows = [
         ("method", f"{facts['method']}, pattern {facts['pattern']}, allocation {facts['allocation']}"),
         ("sparsity", f"{percent(facts['sparsity'])} of {count(facts['parameters_prunable'])} prunable"),
-        ("parameters after", count(facts["parameters_after"])),
+        ("parameters after", about + count(facts["parameters_after"])),
         ("zeros after", count(facts["zeros_after"])),
-        ("bytes", f"{size(facts['bytes_before'])} before, {size(facts['bytes_after'])} after"),
+        ("bytes", f"{size(facts['bytes_before'])} before, {about}{size(facts['bytes_after'])} after"),
         *_structure(facts.get("structure")),
         ("peak memory", f"about {size(facts['peak_memory_bytes'])} ({fits}: {free} free)"),
         ("time", f"about {duration(facts['seconds'])} on this machine"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -71,6 +72,7 @@ class Method(BaseModel):
         effect: what a user may expect of the result, in one plain sentence.
         needs: statistics that calibration must collect.
         sized_by: the option that says how much goes, in place of a sparsity; empty: a sparsity does.
+        modes: by value of the option `mode`, the class of a kind of run other than its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,6 +84,7 @@ class Method(BaseModel):
     effect: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     sized_by: ClassVar[str] = ""
+    modes: ClassVar[Mapping[str, type[Method]]] = {}
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -90,7 +93,10 @@ class Method(BaseModel):
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Any:
-        """An instance from `-O name=value` pairs. Raises `RecipeError` naming the option at fault."""
+        """An instance from `-O name=value` pairs, of the class that serves their `mode`. Raises `RecipeError`
+        naming the option at fault."""
+        if (mode := str(options.get("mode"))) in cls.modes:
+            return cls.modes[mode].from_options(options)
         for name in options:
             if name not in cls.model_fields:
                 raise RecipeError(

@@ -6,13 +6,14 @@ checkpoint with blocks of unequal sizes, for `trust_remote_code=True` where seca
 
 The config is that of the family, with `per_layer_config` for the sizes of single blocks and what they `skip`,
 `block_parts` for the modules that a skipped part consists of, and `block_biases` for matrices that have a
-bias which the family's class would not give them. With `residual_shortcuts` the hidden size of blocks is
-smaller than that of the model, and each half of a block has a basis of its own.
+bias which the family's class would not give them. With `residual_shortcuts` the residual stream is narrower
+than the hidden size, and what each half of a block reads and writes has a basis of its own.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,7 +95,7 @@ def classes(family: str) -> tuple[type[Any], type[Any]]:
     model_class = type(
         f"Secateur{base_model.__name__}", (_BlocksOfOwnSize, base_model), {"config_class": config_class}
     )
-    _keep_conversions(family, model_class.__name__)
+    _keep_conversions((base_model.__name__, family), model_class.__name__)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return config_class, model_class
 
@@ -129,7 +130,7 @@ class _BlocksOfOwnSize:
             for block in blocks:
                 if name in dict(block.named_modules()):
                     _give_bias(block, name)
-        if getattr(config, "residual_shortcuts", False):
+        if getattr(config, "residual_shortcuts", None):
             _slice_residual(self, blocks, config)
         self.post_init()  # type: ignore[attr-defined]
 
@@ -178,11 +179,13 @@ def _give_bias(block: nn.Module, name: str) -> None:
 
 
 class _PlainNorm(nn.Module):
-    """Root mean square over the width that the residual stream had; the weights are in the next matrices."""
+    """Root mean square over the width that the residual stream had; weights, biases and the mean that a norm
+    may subtract are in the matrices around it."""
 
     def __init__(self, width: int, norm: Any) -> None:
         super().__init__()
-        self.width, self.eps = width, float(norm.variance_epsilon)
+        self.width = width
+        self.eps = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
     def forward(self, hidden: Tensor) -> Tensor:
         exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -191,47 +194,83 @@ class _PlainNorm(nn.Module):
 
 
 class _ShortcutBlock:
-    """A block each half of which reads the residual stream in one basis and writes it in the next."""
+    """A block each step of which reads the residual stream in one basis and writes it in the next."""
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         block: Any = self
+        kwargs.update(zip(block.arguments, args, strict=False))
+        hidden_states = hidden_states[..., : block.width]
         multiplier = getattr(block, "residual_multiplier", 1.0)
-        added = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **kwargs)[0]
-        hidden_states = nn.functional.linear(hidden_states, block.attention_shortcut) + added * multiplier
-        added = block.mlp(block.post_attention_layernorm(hidden_states))
-        leaving: Tensor = nn.functional.linear(hidden_states, block.mlp_shortcut) + added * multiplier
-        return leaving
+        attention = block.told["steps"][0][0][1]
+        for step, shortcut in zip(block.told["steps"], block.told["shortcuts"], strict=True):
+            leaving = nn.functional.linear(hidden_states, getattr(block, shortcut))
+            for branch in step:
+                added = hidden_states
+                for name in branch:
+                    module = getattr(block, name)
+                    added = module(added, **kwargs) if name == attention else module(added)
+                    added = added[0] if isinstance(added, tuple) else added
+                leaving = leaving + added * multiplier
+            hidden_states = leaving
+        return hidden_states
 
 
 def _slice_residual(model: Any, blocks: nn.ModuleList, config: Any) -> None:
-    """Make embedding, blocks and, where the last block writes fewer, norm and head of the sliced widths."""
-    wide, written = config.hidden_size, config.hidden_size
-    for index, block in enumerate(blocks):
-        own = config.block_sizes[str(index)]
-        width, written = own["hidden_size"], own.get("output_size", own["hidden_size"])
-        _give_shortcuts(block, wide, width, written)
-    old = model.get_input_embeddings()
-    narrow = config.block_sizes["0"]["hidden_size"]
-    model.set_input_embeddings(nn.Embedding(old.num_embeddings, narrow, old.padding_idx))
+    """Make embeddings, blocks and, where the last block writes fewer, norm and head of the sliced widths."""
+    told, wide = config.residual_shortcuts, config.hidden_size
+    sizes = [config.block_sizes[str(index)] for index in range(len(blocks))]
+    for block, own in zip(blocks, sizes, strict=True):
+        _slice_block(block, told, wide, own["stream_size"], own.get("output_size", own["stream_size"]))
+    written = sizes[-1].get("output_size", sizes[-1]["stream_size"])
+    for name in told["embeddings"]:
+        embedding = model.get_submodule(name)
+        rows, embedding.embedding_dim = embedding.weight.shape[0], sizes[0]["stream_size"]
+        embedding.weight = nn.Parameter(embedding.weight.new_empty(rows, embedding.embedding_dim))
+        embedding.register_forward_hook(functools.partial(_pad, written))
     if written != wide:
-        model.model.norm = _PlainNorm(wide, model.model.norm)
-        model.set_output_embeddings(nn.Linear(written, old.num_embeddings, bias=False))
+        model.set_submodule(told["norm"], _PlainNorm(wide, model.get_submodule(told["norm"])))
+        rows = model.get_output_embeddings().weight.shape[0]
+        model.set_output_embeddings(nn.Linear(written, rows, bias=told["head_bias"]))
 
 
-def _give_shortcuts(block: Any, wide: int, width: int, written: int) -> None:
-    stock = type(block)
+def _slice_block(block: Any, told: Mapping[str, Any], wide: int, width: int, written: int) -> None:
+    stock, names = type(block), list(inspect.signature(block.forward).parameters)
     block.__class__ = type(f"Shortcut{stock.__name__}", (_ShortcutBlock, stock), {})
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        setattr(block, name, _PlainNorm(wide, getattr(block, name)))
-    block.attention_shortcut = nn.Parameter(torch.empty(width, width))
-    block.mlp_shortcut = nn.Parameter(torch.empty(written, width))
-    if written != width:
-        last = block.mlp.down_proj
-        block.mlp.down_proj = nn.Linear(last.in_features, written, bias=last.bias is not None)
+    block.told, block.arguments, block.width = told, names[1:], width
+    for step, shortcut, writers in zip(told["steps"], told["shortcuts"], told["writers"], strict=True):
+        size = written if shortcut == told["shortcuts"][-1] else width
+        setattr(block, shortcut, nn.Parameter(torch.empty(size, width)))
+        for norm, *_ in step:
+            setattr(block, norm, _PlainNorm(wide, getattr(block, norm)))
+        for name in writers:
+            _resize(block.get_submodule(name), outputs=size)
+    for name in told["readers"]:
+        _resize(block.get_submodule(name), inputs=width)
 
 
-def _keep_conversions(family: str, name: str) -> None:
-    """Files of some families hold other names and shapes than the model; the family knows which."""
+def _pad(width: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Some models take the width that enters the blocks for that which leaves them (gpt2): make them equal;
+    the first block reads no more than its own."""
+    return nn.functional.pad(output, (0, width - output.shape[-1]))
+
+
+def _resize(matrix: Any, inputs: int = 0, outputs: int = 0) -> None:
+    """Give a Linear, or a Conv1D, which lies the other way, as many inputs or outputs."""
+    lies, keys = matrix.weight.shape, ("out_features", "in_features")
+    if not isinstance(matrix, nn.Linear):
+        lies, keys = lies[::-1], ("nf", "nx")
+    shape = (outputs or lies[0], inputs or lies[1])
+    for key, size in zip(keys, shape, strict=True):
+        setattr(matrix, key, size)
+    matrix.weight = nn.Parameter(
+        matrix.weight.new_empty(shape if isinstance(matrix, nn.Linear) else shape[::-1])
+    )
+    if matrix.bias is not None:
+        matrix.bias = nn.Parameter(matrix.bias.new_empty(shape[0]))
+
+
+def _keep_conversions(known: tuple[str, ...], name: str) -> None:
+    """Files of some families hold other names and shapes than the model; its class or family knows which."""
     try:
         from transformers.conversion_mapping import (
             get_checkpoint_conversion_mapping,
@@ -239,6 +278,6 @@ def _keep_conversions(family: str, name: str) -> None:
         )
     except ImportError:
         return
-    found = get_checkpoint_conversion_mapping(family)
+    found = next(filter(None, map(get_checkpoint_conversion_mapping, known)), None)
     if found:
         register_checkpoint_conversion_mapping(name, found, overwrite=True)

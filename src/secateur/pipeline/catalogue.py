@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.method import METHODS, Method
 from secateur.recovery.base import RECOVERIES
@@ -48,6 +50,18 @@ def _facts(method: type[Method]) -> dict[str, Any]:
                 "default": field.default,
                 "description": field.description or "",
             }
-            for key, field in method.model_fields.items()
+            for key, field in _fields(method).items()
         ],
     }
+
+
+def _fields(method: type[Method]) -> dict[str, FieldInfo]:
+    """The options of a method, and those that only other modes of it have."""
+    found = dict(method.model_fields)
+    for mode, serving in method.modes.items():
+        for key, field in serving.model_fields.items():
+            if key not in found:
+                found[key] = FieldInfo.merge_field_infos(
+                    field, description=f"mode={mode}: {field.description}"
+                )
+    return found

@@ -24,6 +24,7 @@ __all__ = [
     "BlockStates",
     "Compensation",
     "DepthMethod",
+    "LooksMethod",
     "Losses",
     "Piece",
     "PieceLosses",
@@ -108,7 +109,21 @@ class UnitMethod(Method):
         return kept
 
 
-class StructureMethod(UnitMethod):
+class LooksMethod(Method):
+    """Part of the methods that may remove a part, look at what is left, and remove the next."""
+
+    @property
+    def looks(self) -> int:
+        """How often the model is looked at; each round ends at the same distance nearer to the target."""
+        return 1
+
+    @property
+    def windows_a_look(self) -> int:
+        """Calibration windows that a round looks at, the next ones in turn; 0: all."""
+        return 0
+
+
+class StructureMethod(UnitMethod, LooksMethod):
     """Base of the methods that score all units, and then choose once.
 
     Class variables:
@@ -216,12 +231,18 @@ class BlockStates:
     angles: Tensor
 
 
-class DepthMethod(Method):
-    """Base of the methods that remove whole decoder blocks."""
+class DepthMethod(LooksMethod):
+    """Base of the methods that remove whole decoder blocks: those of lowest `rank` where their statistics
+    come from gradients, else those that they `choose`."""
 
     family: ClassVar[str] = "structure"
     removes: ClassVar[str] = "whole decoder blocks"
     effect: ClassVar[str] = "a shallower dense model of the same class: fewer bytes and faster everywhere"
+
+    def rank(self, taylor: Mapping[Statistic, Tensor]) -> Tensor:
+        """(L,) float64, not negative: importance of each block, from what the loss feels: by statistic
+        (members, L) float64."""
+        raise NotImplementedError
 
     def choose(self, states: BlockStates, count: int) -> list[int]:
         """The blocks that go, sorted."""
@@ -328,8 +349,9 @@ class SearchMethod(StructureMethod):
         return self.iterations * self.generations * (stages + self.tokens[-1])
 
 
-class WidthMethod(Method):
-    """Base of the methods that make the whole model narrower, every block alike."""
+class WidthMethod(LooksMethod):
+    """Base of the methods that make the whole model narrower, every block alike. Those whose statistics come
+    from gradients `rank` the hidden dimensions; the others say the `importance` of entries of inputs."""
 
     family: ClassVar[str] = "structure"
     removes: ClassVar[str] = "hidden dimensions, heads and feed-forward channels, as many in every block"
@@ -348,8 +370,13 @@ class WidthMethod(Method):
         raise NotImplementedError
 
     @property
-    def steps(self) -> dict[str, int]:
+    def multiples(self) -> dict[str, int]:
         """By width, what it stays a multiple of."""
+        raise NotImplementedError
+
+    def rank(self, taylor: Mapping[Statistic, Tensor]) -> Tensor:
+        """(d,) float64, not negative: importance of the hidden dimensions from what the loss feels: by term
+        (members, d) float64."""
         raise NotImplementedError
 
     def importance(self, inputs: InputStatistics) -> Tensor:

@@ -54,7 +54,7 @@ class Minitron(WidthMethod):
         return self.width.split(",")
 
     @property
-    def steps(self) -> dict[str, int]:
+    def multiples(self) -> dict[str, int]:
         return {"hidden": self.round_hidden, "ffn": self.round_ffn}
 
     def importance(self, inputs: InputStatistics) -> Tensor:

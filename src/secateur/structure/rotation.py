@@ -5,27 +5,18 @@ A basis is (d, d') float64 with orthonormal columns: entries of x @ basis are th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from secateur.anatomy.model import Block
-from secateur.anatomy.sliced import ATTENTION_SHORTCUT, FEED_FORWARD_SHORTCUT, writers
+from secateur.anatomy.model import Block, Matrix
+from secateur.anatomy.sliced import shortcuts_of
+from secateur.anatomy.stream import Stream
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Bases", "lost_energy", "rotate_block", "turned"]
-
-
-@dataclass(frozen=True)
-class Bases:
-    """Bases at the three places of a block: where it is entered, between its halves, and where it is left."""
-
-    entering: Tensor
-    between: Tensor
-    leaving: Tensor
+__all__ = ["lost_energy", "rotate_block", "turned", "written_in"]
 
 
 def turned(basis: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,32 +38,43 @@ def lost_energy(covariance: Tensor, basis: Tensor) -> float:
 
 
 def rotate_block(
-    block: Block, norms: Mapping[str, str], parameters: Mapping[str, Tensor], bases: Bases
+    block: Block, stream: Stream, parameters: Mapping[str, Tensor], bases: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a block that reads and writes in these bases, its norms folded into what reads them.
+    """The tensors of a block that reads and writes in these bases, its norms folded into what reads them:
+    their weights into matrices, their biases into biases. Where norms subtract the mean, nothing writes one
+    any more, so that they come down to root mean squares.
 
     Args:
-        norms: the two norms and the module that reads each, attention first.
         parameters: in-memory tensors of the dense block.
+        bases: where the block is entered, after each of its steps, and so where it is left.
 
     Returns:
         In-memory tensors of the new block, in the dtypes of the old.
     """
-    places = {}
-    steps = ((bases.entering, bases.between), (bases.between, bases.leaving))
-    for (norm, half), (read, written) in zip(norms.items(), steps, strict=True):
-        places[half] = parameters[f"{norm}.weight"].double()[:, None] * read, written
-    out = set(writers(block))
+    norms, like = set(stream.norms), parameters[block.matrices[0].parameter]
     new = {name: tensor for name, tensor in parameters.items() if name.rpartition(".")[0] not in norms}
-    for matrix in block.matrices:
-        read, written = places[matrix.name.partition(".")[0]]
-        weight = matrix.view(parameters).double()
-        changed = written.T @ weight if matrix in out else weight @ read
-        new[matrix.parameter] = changed.to(parameters[matrix.parameter].dtype)
-        bias = f"{matrix.name}.bias"
-        if matrix in out and bias in parameters:
-            new[bias] = (written.T @ parameters[bias].double()).to(parameters[bias].dtype)
-    dtype = parameters[block.matrices[0].parameter].dtype
-    new[ATTENTION_SHORTCUT] = (bases.between.T @ bases.entering).to(dtype)
-    new[FEED_FORWARD_SHORTCUT] = (bases.leaving.T @ bases.between).to(dtype)
+    for matrix in stream.readers(block):
+        weight, norm, bias = matrix.view(parameters).double(), stream.norm(matrix), f"{matrix.name}.bias"
+        if f"{norm}.bias" in parameters:
+            added = weight @ parameters[f"{norm}.bias"].double()
+            new[bias] = (parameters[bias].double() + added if bias in parameters else added).to(like.dtype)
+        if f"{norm}.weight" in parameters:
+            weight = weight * parameters[f"{norm}.weight"].double()
+        new[matrix.parameter] = _stored(matrix, weight @ bases[stream.step(matrix)], like)
+    for matrix in stream.writers(block):
+        written, bias = written_in(bases[stream.step(matrix) + 1], stream.centred), f"{matrix.name}.bias"
+        new[matrix.parameter] = _stored(matrix, written.T @ matrix.view(parameters).double(), like)
+        if bias in parameters:
+            new[bias] = (written.T @ parameters[bias].double()).to(like.dtype)
+    for number, name in enumerate(shortcuts_of(len(stream.steps))):
+        new[name] = (bases[number + 1].T @ bases[number]).to(like.dtype)
     return new
+
+
+def written_in(basis: Tensor, centred: bool) -> Tensor:
+    """The basis for what writes: without the mean over the entries, if the norms that read would drop it."""
+    return basis - basis.mean(0) if centred else basis
+
+
+def _stored(matrix: Matrix, weight: Tensor, like: Tensor) -> Tensor:
+    return (weight.T if matrix.transposed else weight).to(like.dtype).contiguous()

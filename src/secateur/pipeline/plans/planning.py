@@ -22,10 +22,10 @@ from secateur.formats.loads_in import loads_in
 from secateur.pipeline.data import window_length
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.plans.precision import precision_outcome
+from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.plans.structure import structure_outcome
-from secateur.pipeline.ways.experts import planned_experts
 from secateur.pipeline.ways.pieces import evaluations
-from secateur.pipeline.ways.table import checked_method
+from secateur.pipeline.ways.table import checked_method, planned_sizes
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
 from secateur.structure.base import PieceMethod, SearchMethod, StructureMethod
@@ -99,25 +99,26 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
             "zeros_after": int(anatomy.prunable_parameters * sparsity),
             "parameters_after": before,
             "bytes_after": _stored_bytes(opened, recipe),
+            "exact": recipe.format == "dense",
             "faster": False,
             "effect": effect(recipe.pattern, sparsity, removes=method.removes, storage=recipe.format),
             "loads_in": _loads_zeros(opened, recipe.format),
         }
-    freed = int(anatomy.block_parameters * sparsity)
-    after = nbytes - round(nbytes * freed / before)
-    faster = True
-    if isinstance(method, ExpertMethod):
-        result = planned_experts(opened, method, recipe)
-        freed, after, faster = before - result.parameters, result.nbytes, False
+    found = planned_sizes(opened, method, recipe)
+    if found is None:
+        freed = int(anatomy.block_parameters * sparsity)
+        after = nbytes - round(nbytes * freed / before)
+        found = FileSizes(sparsity, before - freed, after, exact=False)
     return {
-        "sparsity": sparsity,
+        "sparsity": found.sparsity,
         "parameters_prunable": anatomy.block_parameters,
         "zeros_after": 0,
-        "parameters_after": before - freed,
-        "bytes_after": after,
-        "faster": faster,
+        "parameters_after": found.parameters,
+        "bytes_after": found.nbytes,
+        "exact": found.exact,
+        "faster": not isinstance(method, ExpertMethod),
         "effect": effect(
-            recipe.pattern, sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=after
+            recipe.pattern, sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=found.nbytes
         ),
         "loads_in": {
             "transformers": "yes: as it is where all blocks come out alike, else after `import secateur` or "

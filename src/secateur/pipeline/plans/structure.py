@@ -50,6 +50,7 @@ def structure_outcome(opened: Opened, method: StructureMethod, recipe: Recipe) -
         "zeros_after": 0,
         "parameters_after": after,
         "bytes_after": nbytes,
+        "exact": known,
         "faster": True,
         "effect": effect(
             recipe.pattern,

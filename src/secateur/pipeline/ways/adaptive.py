@@ -17,17 +17,18 @@ from secateur.core.errors import RecipeError
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.draft import Draft, groups_of
 from secateur.pipeline.plans.result import Result
+from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.ways.cutting import Choice, Cutter
 from secateur.pipeline.ways.structure import outcome_of
-from secateur.pipeline.ways.unit_gradients import unit_gradients
+from secateur.pipeline.ways.unit_gradients import unit_gradients, windows_of, without_units
 from secateur.pipeline.ways.watching import Moves
 from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, require_reached, require_room
 from secateur.structure.base import AdaptiveMethod
 from secateur.structure.microsteps import Shrinking
 
-__all__ = ["check_adaptive", "prune_adaptive"]
+__all__ = ["adaptive_sizes", "check_adaptive", "prune_adaptive"]
 
 STEPS = "steps.safetensors"
 HISTORY = "history.json"
@@ -50,12 +51,25 @@ def check_adaptive(opened: Opened, method: AdaptiveMethod, recipe: Recipe) -> No
     state = _begun(opened, method, recipe)
     total = opened.anatomy.block_parameters
     require_room(state.most, recipe.resolved_sparsity, total, method)
-    while blocks := state.open_blocks:
-        unequal = {block: method.step * (1 + number / len(blocks)) for number, block in enumerate(blocks)}
-        state.take(unequal, [torch.zeros(units.count) for _, units in state.groups])
+    _take_all(state, method)
     flat = [Scored(block, units, torch.zeros(units.count)) for block, units in state.groups]
     require_reached(flat, state.gone, recipe.resolved_sparsity, total, together=1)
     _ = Result.of(opened, state.groups, state.kept(), []).config_updates
+
+
+def adaptive_sizes(opened: Opened, method: AdaptiveMethod, recipe: Recipe) -> FileSizes:
+    """What a run that finds all units alike will write: near to what it finds otherwise."""
+    state = _begun(opened, method, recipe)
+    _take_all(state, method)
+    result = Result.of(opened, state.groups, state.kept(), [])
+    share = state.freed / opened.anatomy.block_parameters
+    return FileSizes(share, result.parameters, result.nbytes, exact=False)
+
+
+def _take_all(state: Shrinking, method: AdaptiveMethod) -> None:
+    while blocks := state.open_blocks:
+        unequal = {block: method.step * (1 + number / len(blocks)) for number, block in enumerate(blocks)}
+        state.take(unequal, [torch.zeros(units.count) for _, units in state.groups])
 
 
 def prune_adaptive(run: Run, method: AdaptiveMethod) -> Outcome:
@@ -99,11 +113,8 @@ def _steps(run: Run, method: AdaptiveMethod) -> tuple[Shrinking, dict[str, Tenso
 
 def _step(run: Run, method: AdaptiveMethod, state: Shrinking, blocks: list[int]) -> dict[str, Tensor]:
     """Look at the model as it is, and take a step."""
-    calibration = run.data.calibration
-    if 0 < method.step_windows < len(calibration):
-        calibration = calibration.turn(state.steps, method.step_windows)
     moves = Moves(len(state.targets))
-    driver = run.driver(_reader(run, state), calibration)
+    driver = run.driver(_reader(run, state), windows_of(run, state.steps, method.step_windows))
     found = unit_gradients(driver, method, state.groups, run.scratch, run.progress, moves)
     scores = [method.rank(found.units[f"{block}.{units.kind}"]) for block, units in state.groups]
     means = moves.means(run.group)
@@ -115,18 +126,11 @@ def _step(run: Run, method: AdaptiveMethod, state: Shrinking, blocks: list[int])
 
 
 def _reader(run: Run, state: Shrinking) -> Callable[[int], dict[str, Tensor] | None]:
-    """Blocks in which the units that are gone write nothing, so that neither the loss nor its gradients know
-    of them."""
-
-    def read(index: int) -> dict[str, Tensor] | None:
-        layout = run.opened.layout
-        whole = layout.assemble(index, run.opened.checkpoint.read(layout.block_names(index)))
-        for (block, units), removed_at in zip(state.groups, state.removed_at, strict=True):
-            if block == index:
-                units.writer.view(whole)[:, units.columns(removed_at.nonzero().squeeze(1))] = 0
-        return layout.disassemble(index, whole)
-
-    return read
+    gone = [
+        (block, units, removed_at.nonzero().squeeze(1))
+        for (block, units), removed_at in zip(state.groups, state.removed_at, strict=True)
+    ]
+    return without_units(run.opened, gone)
 
 
 def _resumed(run: Run, method: AdaptiveMethod) -> tuple[Shrinking, dict[str, Tensor]]:

@@ -24,12 +24,13 @@ from secateur.experts.base import ExpertMethod, ExpertProblem, Survivors, expert
 from secateur.pipeline.matrices import generator_for
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.result import Result
+from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.state import SCORES, UNEQUAL, Outcome, Run
 from secateur.pipeline.ways.unit_scores import NO_SCORES, origin_of, read_scores, scores_file
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 
-__all__ = ["check_experts", "experts_observe", "planned_experts", "prune_experts"]
+__all__ = ["check_experts", "expert_sizes", "experts_observe", "prune_experts"]
 
 UNVISITED = "no calibration token visited {}"
 ROUTING = ("counts", "coactivation", "probabilities", "gates", "norms", "means")
@@ -45,13 +46,21 @@ def check_experts(opened: Opened, method: ExpertMethod, recipe: Recipe) -> None:
         AnatomyError: a family that cannot have blocks of the sizes.
         InputError: scores of another model or method.
     """
-    _ = planned_experts(opened, method, recipe).config_updates
+    _ = _planned(opened, method, recipe).config_updates
     if recipe.scores is not None:
         _given(opened, method, Path(recipe.scores))
 
 
-def planned_experts(opened: Opened, method: ExpertMethod, recipe: Recipe) -> Result:
-    """What the run will write, as far as it is known before scores are there. Raises as `check_experts`."""
+def expert_sizes(opened: Opened, method: ExpertMethod, recipe: Recipe) -> FileSizes:
+    """What the run will write."""
+    result = _planned(opened, method, recipe)
+    counts = {mixture.count for mixture in _mixtures(opened).values()}
+    exact = method.spread == "uniform" or len(counts) == 1
+    return FileSizes(recipe.resolved_sparsity, result.parameters, result.nbytes, exact)
+
+
+def _planned(opened: Opened, method: ExpertMethod, recipe: Recipe) -> Result:
+    """As if all experts were alike. Raises as `check_experts`."""
     mixtures, rules = _mixtures(opened), _rules(opened, method)
     alike = [torch.zeros(mixture.count) for mixture in mixtures.values()]
     kept = allocate(alike, rules, recipe.resolved_sparsity, method)

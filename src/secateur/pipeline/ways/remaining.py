@@ -41,10 +41,14 @@ class Remaining:
         """
         return cls(kept, *shorter_config(opened.checkpoint.config, opened.anatomy, kept, skips, parts))
 
+    def layout(self, opened: Opened) -> FileLayout:
+        """Of its files."""
+        return FileLayout(self.anatomy, dict.fromkeys(opened.checkpoint.tensors))
+
     def write(self, run: Run) -> frozenset[str]:
         """Write all blocks that are not there yet; the tensors of the source that are gone."""
         checkpoint, source = run.opened.checkpoint, run.opened.layout
-        layout = FileLayout(self.anatomy, dict.fromkeys(checkpoint.tensors))
+        layout = self.layout(run.opened)
         done = run.finished()
         for new, old in enumerate(self.kept):
             if new not in done:

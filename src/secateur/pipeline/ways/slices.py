@@ -7,8 +7,9 @@ far: that is what the sliced model computes, seen in the old basis.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,8 @@ from torch import Tensor, nn
 from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.resized import resized_config
 from secateur.anatomy.resolve import resolve_config
-from secateur.anatomy.sliced import (
-    ATTENTION_SHORTCUT,
-    FEED_FORWARD_SHORTCUT,
-    FLAG,
-    require_sliceable,
-    sliced_shapes,
-    sliced_size,
-    writers,
-)
+from secateur.anatomy.sliced import FLAG, shortcuts_of, sliced_flag, sliced_shapes, sliced_size
+from secateur.anatomy.stream import stream_of
 from secateur.calibration.activations import Batch
 from secateur.calibration.driver import OpenBlock
 from secateur.calibration.observers import Gram
@@ -33,14 +27,16 @@ from secateur.core.errors import RecipeError
 from secateur.core.numerics import exact_products
 from secateur.pipeline.matrices import generator_for
 from secateur.pipeline.opened import Opened
+from secateur.pipeline.plans.sizes import FileSizes, sizes_of
 from secateur.pipeline.state import Outcome, Run
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 from secateur.structure.base import SliceMethod
-from secateur.structure.rotation import Bases, lost_energy, rotate_block, turned
+from secateur.structure.rotation import lost_energy, rotate_block, turned, written_in
 
-__all__ = ["check_slices", "prune_slices"]
+__all__ = ["check_slices", "prune_slices", "slice_sizes"]
 
+NOTES = ("lost_after_attention", "lost_after_feed_forward")
 LOADING = "Blocks have shortcut matrices: load it after `import secateur`, or with trust_remote_code=True."
 
 
@@ -55,8 +51,13 @@ def check_slices(opened: Opened, method: SliceMethod, recipe: Recipe) -> None:
         raise RecipeError(
             f"scores with method {method.id!r}", "a method that ranks single units", "leave --scores out"
         )
-    require_sliceable(opened.anatomy)
     _Slices(opened, method, recipe.resolved_sparsity)
+
+
+def slice_sizes(opened: Opened, method: SliceMethod, recipe: Recipe) -> FileSizes:
+    """What the run will write: tied heads come out untied."""
+    slices = _Slices(opened, method, recipe.resolved_sparsity)
+    return sizes_of(opened, slices.layout, slices.sparsity)
 
 
 def prune_slices(run: Run, method: SliceMethod) -> Outcome:
@@ -90,11 +91,14 @@ class _Slices:
 
     def __init__(self, opened: Opened, method: SliceMethod, sparsity: float) -> None:
         self.opened, self.anatomy = opened, opened.anatomy
+        self.stream = stream = stream_of(opened.config, opened.anatomy)
+        if method.slice_head and f"{opened.anatomy.norm}.weight" not in opened.anatomy.outer:
+            raise RecipeError("slice_head with a last norm without weights", "", "leave slice_head out")
         anatomy, self.wide, whole = self.anatomy, self.anatomy.spaces["hidden"], self.anatomy.block_parameters
         widths = range(method.round_to, self.wide, method.round_to)
 
         def share(width: int) -> float:
-            return 1 - sliced_size(anatomy, width, width if method.slice_head else self.wide) / whole
+            return 1 - sliced_size(anatomy, stream, width, width if method.slice_head else self.wide) / whole
 
         possible = [width for width in widths if share(width) > 0]
         if not possible or not share(possible[-1]) / 2 <= sparsity <= share(possible[0]):
@@ -107,7 +111,8 @@ class _Slices:
         self.width = min(possible, key=lambda width: abs(share(width) - sparsity))
         self.last = self.width if method.slice_head else self.wide
         self.sparsity = share(self.width)
-        extra = len(anatomy.blocks) * 2 * self.width**2 + (self.last - self.width) * self.width
+        count = len(anatomy.blocks) * len(stream.steps)
+        extra = count * self.width**2 + (self.last - self.width) * self.width
         self.shortcut_share = extra / whole
         self._settle(method)
 
@@ -126,24 +131,31 @@ class _Slices:
 
     def _settle(self, method: SliceMethod) -> None:
         anatomy, checkpoint, blocks = self.anatomy, self.opened.checkpoint, self.anatomy.blocks
-        sizes = [{"hidden": self.width, "output": self.written(block.index)} for block in blocks]
+        stream, last = self.stream, len(self.stream.steps) - 1
+        sizes = [{"stream": self.width, "output": self.written(block.index)} for block in blocks]
         shapes = [
-            sliced_shapes(anatomy, block, *own.values()) for block, own in zip(blocks, sizes, strict=True)
+            sliced_shapes(stream, block, *own.values()) for block, own in zip(blocks, sizes, strict=True)
         ]
-        extra = {FLAG: True, "tie_word_embeddings": False}
-        self.config_updates = resized_config(checkpoint.config, anatomy, sizes, shapes, extra=extra)
-        names = [f"{anatomy.head}.weight", *checkpoint.tensors]
-        gone = {f".{norm}.weight" for norm in anatomy.norms}
+        flag = sliced_flag(anatomy, stream, slice_head=method.slice_head)
+        extra = {FLAG: flag, "tie_word_embeddings": False}
+        biases = stream.new_biases(blocks[0])
+        self.config_updates = resized_config(checkpoint.config, anatomy, sizes, shapes, biases, extra=extra)
+        names = [*checkpoint.tensors, *(name for name in anatomy.tied if name == f"{anatomy.head}.weight")]
+        gone = tuple(f".{norm}.{kind}" for norm in stream.norms for kind in ("weight", "bias"))
+        added = [*shortcuts_of(last + 1), *(f"{name}.bias" for name in biases)]
         for block in blocks:
-            first = writers(block)[0].parameter
+            first = stream.writers(block)[0].parameter
             stored = self.opened.layout.block_names(block.index)
             prefix = next(name for name in stored if name.endswith(f".{first}")).removesuffix(first)
-            names += [prefix + ATTENTION_SHORTCUT, prefix + FEED_FORWARD_SHORTCUT]
+            names += [prefix + name for name in added]
         inside = {name for block in blocks for name in self.opened.layout.block_names(block.index)}
-        dropped = {name for name in inside if name.endswith(tuple(gone))}
+        dropped = {name for name in inside if name.endswith(gone)}
         if method.slice_head:
-            norm = f"{anatomy.norm}.weight"
-            dropped |= {name for name in self.opened.layout.outer_names() if norm.endswith(name)}
+            norms = (f"{anatomy.norm}.weight", f"{anatomy.norm}.bias")
+            dropped |= {
+                name for name in self.opened.layout.outer_names() if any(n.endswith(name) for n in norms)
+            }
+            names += [f"{anatomy.head}.bias"] if flag["head_bias"] else []
         self.dropped = frozenset(dropped)
         resolved = resolve_config({**checkpoint.config, **self.config_updates})
         self.layout = FileLayout(resolved, dict.fromkeys(name for name in names if name not in dropped))
@@ -176,34 +188,43 @@ class _Walk:
         """Embedding and head in the bases of the first and the last place, by their names on disk."""
         anatomy = self.anatomy
         whole = self.run.opened.layout.assemble_outer(files)
-        embedding, head, norm = (f"{path}.weight" for path in (anatomy.embedding, anatomy.head, anatomy.norm))
         first, last = self._kept("0-entering")["basis"], self._entering.cpu()
-        new = {**whole, embedding: (whole[embedding].double() @ first).to(whole[embedding].dtype)}
+        new, head = dict(whole), f"{anatomy.head}.weight"
+        for path in self.slices.stream.embeddings:
+            own = whole[f"{path}.weight"]
+            written = written_in(first, self.slices.stream.centred)
+            new[f"{path}.weight"] = (own.double() @ written).to(own.dtype)
         if self.method.slice_head:
-            folded = whole[head].double() * new.pop(norm).double()
-            new[head] = (folded @ last).to(whole[head].dtype)
+            own = whole[head]
+            folded = own.double() * new.pop(f"{anatomy.norm}.weight").double()
+            new[head] = (folded @ last).to(own.dtype)
+            if (bias := new.pop(f"{anatomy.norm}.bias", None)) is not None:
+                new[f"{anatomy.head}.bias"] = (own.double() @ bias.double()).to(own.dtype)
         return self.slices.layout.disassemble_outer(new)
 
     def _slice(self, opened: OpenBlock, done: bool) -> dict[str, Any]:
         started, index = time.perf_counter(), opened.index
-        last = index == len(self.anatomy.blocks) - 1
-        norm = list(self.anatomy.norms)[1]
+        last, stream = index == len(self.anatomy.blocks) - 1, self.slices.stream
         if index == 0:
             self._entering = self._basis("0-entering", opened.inputs)["basis"]
-        bridge = _Bridge(opened.module, norm, self._entering)
+        between = [step[0][0] for step in stream.steps[1:]]
+        bridge = _Bridge(opened.module, between, self._entering)
+        places = [{"basis": self._entering}]
         with bridge.installed():
-            found = self._basis(f"{index}-between", lambda: opened.reaching(norm))
-            bridge.cross_in(found["basis"])
+            for norm in between:
+                places.append(self._basis(f"{index}-between", partial(opened.reaching, norm)))
+                bridge.cross_in(places[-1]["basis"])
             if last and not self.method.slice_head:
                 opened.finish()
                 leaving = {"basis": torch.eye(self.slices.wide, dtype=torch.float64), "lost": torch.zeros(())}
             else:
                 leaving = self._leaving(opened)
-        device = opened.parameters[writers(opened.block)[0].parameter].device
-        bases = Bases(*(basis.to(device) for basis in (self._entering, found["basis"], leaving["basis"])))
+        places.append(leaving)
+        device = opened.parameters[opened.block.matrices[0].parameter].device
+        bases = [place["basis"].to(device) for place in places]
         self._entering = leaving["basis"]
         record = {
-            "layer": self._row(index, float(found["lost"]), float(leaving["lost"])).model_dump(mode="json"),
+            "layer": self._row(index, [float(place["lost"]) for place in places[1:]]).model_dump(mode="json"),
             "block": Block(block=index, seconds=round(time.perf_counter() - started, 4)).model_dump(
                 mode="json"
             ),
@@ -211,9 +232,7 @@ class _Walk:
         if not done:
             stored, _ = self.run.as_stored(opened)
             whole = self.run.opened.layout.assemble(index, stored)
-            new = rotate_block(
-                opened.block, self.anatomy.norms, {n: t.to(device) for n, t in whole.items()}, bases
-            )
+            new = rotate_block(opened.block, stream, {n: t.to(device) for n, t in whole.items()}, bases)
             self.run.keep(index, self.slices.layout.disassemble(index, new), record)
         return record
 
@@ -222,7 +241,7 @@ class _Walk:
         gram = self._gram()
 
         def watch(batch: Batch, before: Tensor, after: Tensor) -> None:
-            _add(gram, batch.real(after))
+            self._add(gram, batch.real(after))
 
         def find() -> dict[str, Tensor]:
             opened.finish(watch)
@@ -238,7 +257,7 @@ class _Walk:
         def find() -> dict[str, Tensor]:
             gram = self._gram()
             for part in rows():
-                _add(gram, part)
+                self._add(gram, part)
             return self._principal(gram, name)
 
         return self.run.remembered(find, _file(name))
@@ -249,18 +268,27 @@ class _Walk:
     def _gram(self) -> Gram:
         return Gram(self.slices.wide, self.run.device)
 
+    def _add(self, gram: Gram, rows: Tensor) -> None:
+        """What the norms see of these rows."""
+        rows = rows.float()
+        with exact_products():
+            gram.add(rows - rows.mean(-1, keepdim=True) if self.slices.stream.centred else rows)
+
     def _principal(self, gram: Gram, name: str) -> dict[str, Tensor]:
         if self.run.group is not None:
             for tensor in gram.sums:
                 self.run.group.all_reduce(tensor)
-        covariance = gram.take(torch.float64)
-        basis = self.method.directions(covariance)[:, : self.slices.width].contiguous()
+        covariance, wide = gram.take(torch.float64), self.slices.wide
+        mean = (
+            covariance.trace() / wide**2 if self.slices.stream.centred else 0
+        )  # nothing is in it: it comes last
+        basis = self.method.directions(covariance - mean)[:, : self.slices.width].contiguous()
         lost = lost_energy(covariance, basis)
         if self.method.orientation == "random":
             basis = turned(basis, generator_for(self.run.recipe.seed, name))
         return {"basis": basis.cpu().contiguous(), "lost": torch.tensor(lost, dtype=torch.float64)}
 
-    def _row(self, index: int, attention: float, feed_forward: float) -> Layer:
+    def _row(self, index: int, lost: list[float]) -> Layer:
         slices = self.slices
         return Layer(
             block=index,
@@ -269,15 +297,16 @@ class _Walk:
             columns=self.anatomy.blocks[index].size // slices.wide,
             sparsity_requested=self.run.recipe.resolved_sparsity,
             sparsity=1 - slices.width / slices.wide,
-            notes={"lost_after_attention": attention, "lost_after_feed_forward": feed_forward},
+            notes=dict(zip(NOTES[-len(lost) :], lost, strict=True)),
         )
 
 
 class _Bridge:
-    """Projects what a dense block reads, and what it carries from its first half to its second."""
+    """Projects what a dense block reads, and what it carries from its first half to its second, which begins
+    at a norm (none in a block whose halves read the same)."""
 
-    def __init__(self, module: nn.Module, norm: str, entering: Tensor) -> None:
-        self.module, self.norm = module, norm
+    def __init__(self, module: nn.Module, norms: Sequence[str], entering: Tensor) -> None:
+        self.module, self.norms = module, norms
         self._entering = self._own(entering)
         self._between: Tensor | None = None
         self._gone: Tensor | None = None
@@ -294,7 +323,7 @@ class _Bridge:
     def installed(self) -> Iterator[None]:
         hooks = [
             self.module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.module.get_submodule(self.norm).register_forward_pre_hook(self._cross),
+            *(self.module.get_submodule(n).register_forward_pre_hook(self._cross) for n in self.norms),
             self.module.register_forward_hook(self._leave),
         ]
         try:
@@ -318,16 +347,11 @@ class _Bridge:
         return (kept, *args[1:])
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output if self._gone is None else output - self._gone
+        return output if self._gone is None else output - self._gone.view_as(output)
 
 
 def _projected(hidden: Tensor, basis: Tensor) -> Tensor:
     return (hidden @ basis) @ basis.T
-
-
-def _add(gram: Gram, rows: Tensor) -> None:
-    with exact_products():
-        gram.add(rows.float())
 
 
 def _file(name: str) -> str:

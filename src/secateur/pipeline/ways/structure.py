@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.anatomy.units import Units
 from secateur.calibration.driver import OpenBlock
-from secateur.core.errors import InputError
+from secateur.core.errors import InputError, RecipeError
 from secateur.core.progress import Progress
 from secateur.core.statistics import BACKWARD, InputStatistics, Statistic
 from secateur.pipeline.matrices import generator_for, statistics_of
@@ -21,7 +21,7 @@ from secateur.pipeline.plans.draft import Draft, draft, groups_of
 from secateur.pipeline.plans.result import Result, new_biases
 from secateur.pipeline.state import PLAN, PREPARED, SCORES, UNEQUAL, Outcome, Run
 from secateur.pipeline.ways.cutting import Choice, Cutter
-from secateur.pipeline.ways.unit_gradients import unit_gradients
+from secateur.pipeline.ways.unit_gradients import unit_gradients, windows_of, without_units
 from secateur.pipeline.ways.unit_scores import NO_SCORES, origin_of, read_scores, scores_file
 from secateur.pipeline.ways.unit_weights import UnitWeights, problems_of, shapes_of
 from secateur.pipeline.ways.watching import BlockWatch, across_ffn
@@ -39,6 +39,10 @@ __all__ = [
     "structure_observes",
 ]
 
+GONE = -1.0
+"""Below every score from gradients."""
+Gone = Sequence[tuple[int, Units, Tensor]]
+
 
 def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> None:
     """Refuse, before anything is read or written, what could not be done.
@@ -48,13 +52,22 @@ def check_structure(opened: Opened, method: StructureMethod, recipe: Recipe) -> 
         AnatomyError: a family whose blocks cannot have the sizes.
         InputError: scores or a plan of another model or method.
     """
+    if method.looks > 1 and recipe.scores is not None:
+        raise RecipeError(
+            f"scores with method {method.id!r} in {method.looks} steps, which scores after every step anew",
+            "one step",
+            "leave --scores or -O steps= out",
+        )
     target = recipe.target
     if target is not None and target.kind == "decode":  # its costs are measured later; try some cut
         groups = groups_of(opened, method)
         half = [torch.arange((units.count + 1) // 2) for _, units in groups]
         _ = Result.of(opened, groups, half, new_biases(opened, groups, method)).config_updates
     else:
-        _ = draft(opened, method, recipe).result.config_updates
+        planned = draft(opened, method, recipe)
+        _ = planned.result.config_updates
+        for number in range(1, method.looks):
+            draft(opened, method, _on_the_way(opened, method, recipe, planned, number))
     method.check(shapes_of(opened, groups_of(opened, method)))
     if recipe.scores is not None:
         given_scores(opened, method, Path(recipe.scores))
@@ -98,7 +111,7 @@ def prune_structure(run: Run, method: StructureMethod) -> Outcome:
     ]
     cutter = Cutter(run, method, choices, planned)
     layers, rows = cutter.cut()
-    if run.recipe.plan is None:
+    if run.recipe.plan is None and method.looks == 1:
         files[SCORES] = scores_file(found, _origin(run.opened, method))
     return outcome_of(run, planned, layers, rows, files)
 
@@ -134,7 +147,39 @@ def _scores(run: Run, method: StructureMethod) -> tuple[dict[str, Tensor], dict[
     if run.recipe.plan is not None:
         return run.remembered(lambda: _means(run, method)) if method.compensate == "bias" else {}, {}
     prepared = run.remembered(lambda: _prepared(run, method), PREPARED)
-    return run.remembered(lambda: _score(run, method, prepared)), dict(method.files(prepared))
+    found = run.remembered(lambda: _score(run, method, prepared))
+    return _looked_again(run, method, prepared, found), dict(method.files(prepared))
+
+
+def _on_the_way(
+    opened: Opened, method: StructureMethod, recipe: Recipe, planned: Draft, number: int
+) -> Recipe:
+    """What is asked for until round `number`: its part of all that shall go (llm-pruner, section 2.4)."""
+    sparsity = planned.freed / opened.anatomy.block_parameters * number / method.looks
+    return recipe.model_copy(update={"budget": None, "sparsity": sparsity})
+
+
+def _looked_again(
+    run: Run, method: StructureMethod, prepared: dict[str, Tensor], found: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Scores of the last round: what went in the rounds before has the lowest."""
+    for number in range(1, method.looks):
+        asked = _on_the_way(
+            run.opened, method, run.recipe, draft(run.opened, method, run.recipe, found, run.decode), number
+        )
+        planned = draft(run.opened, method, asked, found)
+        gone = [
+            (group.block, group.units, group.units.others(stays))
+            for group, stays in zip(planned.scored, planned.kept, strict=True)
+        ]
+
+        def find(number: int = number, gone: Gone = gone) -> dict[str, Tensor]:
+            return _score(run, method, prepared, number, gone)
+
+        found = {**found, **run.remembered(find, f"round-{number}.safetensors")}
+        for block, units, removed in gone:
+            found[f"{block}.{units.kind}"][removed] = GONE
+    return found
 
 
 def _prepared(run: Run, method: StructureMethod) -> dict[str, Tensor]:
@@ -143,10 +188,15 @@ def _prepared(run: Run, method: StructureMethod) -> dict[str, Tensor]:
     return method.prepare(weights, generator_for(seed, method.id), run.progress)
 
 
-def _score(run: Run, method: StructureMethod, prepared: dict[str, Tensor]) -> dict[str, Tensor]:
+def _score(
+    run: Run, method: StructureMethod, prepared: dict[str, Tensor], number: int = 0, gone: Gone = ()
+) -> dict[str, Tensor]:
+    """Of the model without what is `gone`, in round `number`."""
     found: dict[str, Tensor] = {}
     groups = groups_of(run.opened, method)
-    driver, watch = run.driver(), BlockWatch() if method.spread == "sigmoid" else None
+    read = without_units(run.opened, gone) if gone else None
+    driver = run.driver(read, windows_of(run, number, method.windows_a_look))
+    watch = BlockWatch() if method.spread == "sigmoid" and not gone else None
     gradients: Mapping[str, Mapping[Statistic, Tensor]] = {}
     if method.statistics & BACKWARD:
         gradients = unit_gradients(driver, method, groups, run.scratch, run.progress).units

@@ -13,14 +13,15 @@ from secateur.experts.base import ExpertMethod
 from secateur.experts.precision import PrecisionMethod
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.decode_costs import DecodeTable
+from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.state import Outcome, Run
-from secateur.pipeline.ways.adaptive import check_adaptive, prune_adaptive
-from secateur.pipeline.ways.depth import check_depth, prune_depth
-from secateur.pipeline.ways.experts import check_experts, experts_observe, prune_experts
+from secateur.pipeline.ways.adaptive import adaptive_sizes, check_adaptive, prune_adaptive
+from secateur.pipeline.ways.depth import check_depth, depth_sizes, prune_depth
+from secateur.pipeline.ways.experts import check_experts, expert_sizes, experts_observe, prune_experts
 from secateur.pipeline.ways.pieces import check_pieces, prune_pieces
 from secateur.pipeline.ways.quantised import check_quantised, prune_quantised, quantised_observes
 from secateur.pipeline.ways.search import check_search, prune_search
-from secateur.pipeline.ways.slices import check_slices, prune_slices
+from secateur.pipeline.ways.slices import check_slices, prune_slices, slice_sizes
 from secateur.pipeline.ways.structure import (
     check_structure,
     decode_table,
@@ -28,7 +29,7 @@ from secateur.pipeline.ways.structure import (
     structure_observes,
 )
 from secateur.pipeline.ways.weights import check_weights, prune_weights, weights_observe
-from secateur.pipeline.ways.width import check_width, prune_width
+from secateur.pipeline.ways.width import check_width, prune_width, width_sizes
 from secateur.recipe import Recipe
 from secateur.structure.base import (
     AdaptiveMethod,
@@ -41,7 +42,7 @@ from secateur.structure.base import (
 )
 from secateur.weights.base import WeightMethod
 
-__all__ = ["checked_method", "measured_decode", "observes", "prune_blocks_of"]
+__all__ = ["checked_method", "measured_decode", "observes", "planned_sizes", "prune_blocks_of"]
 
 
 class _Way(NamedTuple):
@@ -52,6 +53,7 @@ class _Way(NamedTuple):
         check: `check(opened, method, recipe)` refuses, before a weight is read, what cannot be done.
         prune: `prune(run, method)` writes all blocks.
         observes: `observes(method, recipe)`: whether that looks at calibration text.
+        sizes: `sizes(opened, method, recipe)`: of the files, where they are known or can be foretold.
         budgets: it comes down to budgets and follows plans; the others take a sparsity.
     """
 
@@ -59,6 +61,7 @@ class _Way(NamedTuple):
     check: Callable[[Opened, Any, Recipe], None]
     prune: Callable[[Run, Any], Outcome]
     observes: Callable[[Any, Recipe], bool] = lambda method, recipe: True
+    sizes: Callable[[Opened, Any, Recipe], FileSizes | None] = lambda opened, method, recipe: None
     budgets: bool = False
 
 
@@ -66,12 +69,12 @@ WAYS = (
     _Way(WeightMethod, check_weights, prune_weights, weights_observe),
     _Way(SearchMethod, check_search, prune_search),
     _Way(StructureMethod, check_structure, prune_structure, structure_observes, budgets=True),
-    _Way(AdaptiveMethod, check_adaptive, prune_adaptive),
-    _Way(DepthMethod, check_depth, prune_depth),
+    _Way(AdaptiveMethod, check_adaptive, prune_adaptive, sizes=adaptive_sizes),
+    _Way(DepthMethod, check_depth, prune_depth, sizes=depth_sizes),
     _Way(PieceMethod, check_pieces, prune_pieces),
-    _Way(WidthMethod, check_width, prune_width),
-    _Way(SliceMethod, check_slices, prune_slices),
-    _Way(ExpertMethod, check_experts, prune_experts, experts_observe),
+    _Way(WidthMethod, check_width, prune_width, sizes=width_sizes),
+    _Way(SliceMethod, check_slices, prune_slices, sizes=slice_sizes),
+    _Way(ExpertMethod, check_experts, prune_experts, experts_observe, sizes=expert_sizes),
     _Way(PrecisionMethod, check_quantised, prune_quantised, quantised_observes),
 )
 """The first whose base class a method has is its way."""
@@ -112,6 +115,11 @@ def measured_decode(
     if not isinstance(method, StructureMethod):
         return None
     return decode_table(opened, method, recipe, progress, cache)
+
+
+def planned_sizes(opened: Opened, method: Method, recipe: Recipe) -> FileSizes | None:
+    """Of the files that a run will write; None where they depend on what it finds."""
+    return _way(method).sizes(opened, method, recipe)
 
 
 def prune_blocks_of(run: Run) -> Outcome:

@@ -15,13 +15,16 @@ from secateur.anatomy.cut import cut_block, cut_outer, cut_shapes, space_paramet
 from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.resized import is_stock, resized_config
 from secateur.anatomy.resolve import resolve_config
-from secateur.calibration.driver import OpenBlock
-from secateur.calibration.source import SkeletonSource
+from secateur.calibration.driver import Driver, OpenBlock
+from secateur.calibration.source import BlockSource, SkeletonSource
 from secateur.core.errors import AnatomyError, RecipeError
+from secateur.core.statistics import BACKWARD
 from secateur.evaluation.quality import perplexity
 from secateur.pipeline.matrices import statistics_of
 from secateur.pipeline.opened import Opened
+from secateur.pipeline.plans.sizes import FileSizes, sizes_of
 from secateur.pipeline.state import SCORES, Outcome, Run
+from secateur.pipeline.ways.unit_gradients import stream_gradients, windows_of
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 from secateur.structure.base import WidthMethod
@@ -36,7 +39,7 @@ from secateur.structure.widths import (
     largest,
 )
 
-__all__ = ["check_width", "keep", "prune_width"]
+__all__ = ["check_width", "keep", "on_top", "prune_width", "width_sizes"]
 
 LEAST_KEPT = 0.6
 """Of every dimension, in a search: the paper removes at most 40% of a width."""
@@ -58,11 +61,23 @@ def check_width(opened: Opened, method: WidthMethod, recipe: Recipe) -> None:
     _proposals(opened, method, recipe.resolved_sparsity)
 
 
+def width_sizes(opened: Opened, method: WidthMethod, recipe: Recipe) -> FileSizes:
+    """What the run will write; with `search` the most promising of what it will try."""
+    chosen = dimensions(opened.anatomy, method.widths, method.multiples)
+    proposals = _proposals(opened, method, recipe.resolved_sparsity)
+    layout = _Narrow(opened, chosen, proposals[0], {}).layout
+    share = freed(opened.anatomy, chosen, proposals[0]) / opened.anatomy.block_parameters
+    return sizes_of(opened, layout, share, exact=len(proposals) == 1)
+
+
 def prune_width(run: Run, method: WidthMethod) -> Outcome:
     """Write all blocks, and what stands outside of them, at the chosen widths."""
     anatomy = run.opened.anatomy
-    chosen = dimensions(anatomy, method.widths, method.steps)
-    found = run.remembered(lambda: _observe(run, method, chosen))
+    chosen = dimensions(anatomy, method.widths, method.multiples)
+    if method.statistics & BACKWARD:
+        found = _felt(run, method, chosen)
+    else:
+        found = run.remembered(lambda: _observe(run, method, chosen))
     proposals = _proposals(run.opened, method, run.recipe.resolved_sparsity)
     widths, tried = _best(run, chosen, found, proposals)
     narrow = _Narrow(run.opened, chosen, widths, found)
@@ -90,7 +105,7 @@ def _proposals(opened: Opened, method: WidthMethod, sparsity: float) -> list[Wid
     Raises:
         RecipeError: none is near the budget.
     """
-    chosen = dimensions(opened.anatomy, method.widths, method.steps)
+    chosen = dimensions(opened.anatomy, method.widths, method.multiples)
     found = candidates(opened.anatomy, chosen, sparsity, LEAST_KEPT if method.search else 0.0)
     wanted = largest(found, sparsity) if method.search else evenest(found, chosen, sparsity)
     legal = (one for one in islice(wanted, TRIES) if _is_legal(opened, chosen, one[0]))
@@ -102,7 +117,7 @@ def _proposals(opened: Opened, method: WidthMethod, sparsity: float) -> list[Wid
         raise RecipeError(
             f"sparsity {sparsity:g} by {', '.join(method.widths)} alone, in the multiples asked for",
             f"a share that legal widths make, such as {', '.join(map(str, near[:3])) or 'none'}",
-            "choose another --sparsity, other widths (-O width=) or finer multiples (-O round_ffn=1)",
+            f"choose another --sparsity, or finer multiples (see: secateur methods {method.id})",
         )
     return [widths for widths, _ in proposals]
 
@@ -138,6 +153,45 @@ def _observe(run: Run, method: WidthMethod, chosen: list[Dimension]) -> dict[str
             opened.finish()
             task.advance()
     return found
+
+
+def _felt(run: Run, method: WidthMethod, chosen: list[Dimension]) -> dict[str, Tensor]:
+    """Importance of the hidden dimensions by what the loss feels of them. In several rounds that of those
+    which are left is of the narrower model, and counts on top of that of all that went."""
+    anatomy, found, kept = run.opened.anatomy, dict[str, Tensor](), torch.arange(0)
+    for number in range(method.looks):
+        source: BlockSource = run.opened.source(run.device, run.dtype)
+        if number:
+            near = _near(run.opened, chosen, run.recipe.resolved_sparsity * number / method.looks)
+            kept = keep(chosen[0], found["hidden"], near["hidden"])["hidden"]
+            source = _NarrowSource(_Narrow(run.opened, chosen, near, found), run.device, run.dtype)
+
+        def find(source: BlockSource = source, number: int = number) -> dict[str, Tensor]:
+            windows = windows_of(run, number, method.windows_a_look)
+            windows = windows.shard(run.group.rank, run.group.world) if run.group else windows
+            driver = Driver(source, windows, group=run.group)
+            return {"hidden": method.rank(stream_gradients(driver, method, run.scratch, run.progress))}
+
+        felt = run.remembered(find, f"round-{number}.safetensors")["hidden"]
+        found = {"hidden": on_top(found["hidden"], kept, felt) if number else felt}
+    assert len(found["hidden"]) == anatomy.spaces["hidden"]
+    return found
+
+
+def on_top(before: Tensor, kept: Tensor, after: Tensor) -> Tensor:
+    """Scores of all from those of a round before: what was kept has new ones, above all that went."""
+    found = before.clone()
+    gone = torch.ones(len(before), dtype=torch.bool)
+    gone[kept] = False
+    found[kept] = after + (1 + before[gone].max() if bool(gone.any()) else 0)
+    return found
+
+
+def _near(opened: Opened, chosen: list[Dimension], sparsity: float) -> Widths:
+    """Legal widths on the way to a budget, as near to this one as there are."""
+    found = evenest(candidates(opened.anatomy, chosen, sparsity), chosen, sparsity)
+    legal = (widths for widths, _ in islice(found, TRIES) if _is_legal(opened, chosen, widths))
+    return next(legal, {one.name: one.count for one in chosen})
 
 
 def _observe_block(opened: OpenBlock, method: WidthMethod, chosen: list[Dimension]) -> dict[str, Tensor]:
