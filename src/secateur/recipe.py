@@ -79,7 +79,7 @@ class Job(BaseModel):
     def check_format(self) -> None:
         """Raises `RecipeError` for a format that does not exist."""
         if self.format != DENSE and self.format not in FORMATS:
-            names = [DENSE, *FORMATS.names()]
+            names = [DENSE, *(name for name, format in FORMATS if format.exact)]
             raise RecipeError(f"unknown format {self.format!r}", "", did_you_mean(self.format, names))
 
 

@@ -93,7 +93,7 @@ def test_it_is_switched_off_without_a_trace() -> None:
     pruner = secateur.prune_online(model, plan, blocks=[0, 1])
     assert not logits(model).equal(dense)
     with pytest.raises(InputError, match="in use"):
-        secateur.prune_online(model, plan)
+        secateur.prune_online(model, plan, blocks=[0])
     pruner.detach()
     assert logits(model).equal(dense)
     assert model.config.to_dict() == before
@@ -190,7 +190,11 @@ def test_what_cannot_be_switched_is_refused() -> None:
     with pytest.raises(InputError, match="says nothing"):
         secateur.prune_online(model, plan_of(model, 0.5), blocks=[7])
     with pytest.raises(InputError, match="protect"):
-        secateur.prune_online(model, plan_of(model, 0.5), protect=2)
+        secateur.prune_online(model, plan_of(model, 0.5), blocks=[0], protect=2)
+    with pytest.raises(InputError, match="first two"):
+        secateur.prune_online(model, plan_of(model, 0.5))
+    with pytest.raises(InputError, match="strength"):
+        secateur.prune_online(model, plan_of(model, 0.5), blocks=[0], strength=-1)
     blocks = (OnlineBlock(block=9, medians=(0.5,)),)
     with pytest.raises(InputError, match="block 9"):
         secateur.prune_online(model, OnlinePlan(blocks=blocks))

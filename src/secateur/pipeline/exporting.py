@@ -71,7 +71,7 @@ def export(
     'llama'
     """
     started = time.perf_counter()
-    known = (GGUF, DENSE, *FORMATS.names())
+    known = (GGUF, DENSE, *(name for name, packed in FORMATS if packed.exact))
     if format not in known:
         raise InputError(f"format {format!r}", " or ".join(known))
     if format == GGUF:

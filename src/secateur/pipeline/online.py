@@ -66,6 +66,14 @@ def prune_online(
     medians = {block.block: block.medians[0] for block in plan.blocks}
     if missing := [block for block in chosen if block not in medians]:
         raise InputError(f"block {missing[0]}, of which the plan says nothing", f"some of {sorted(medians)}")
+    if not chosen:
+        raise InputError(
+            f"a plan of blocks {sorted(medians)}, the first two of which are never pruned unasked",
+            "other blocks with experts",
+            "give blocks=[...]",
+        )
+    if strength < 0:
+        raise InputError(f"strength {strength:g}", "a factor of 0 or more")
     strategy = MedianRatio({block: strength * medians[block] for block in chosen})
     return OnlinePruner(strategy, chosen, protect=protect).attach(model)
 

@@ -1,8 +1,8 @@
 """What a format of packed tensors is made of: import from here to add one.
 
 >>> from secateur.storage.formats import FORMATS
->>> FORMATS.names()[:2]
-['bitmask', 'nm']
+>>> FORMATS.names()
+['bitmask', 'low-bit', 'nm']
 """
 
 from secateur.checkpoint.packing import FORMATS, VERSION, Format, Packed, refused

@@ -10,16 +10,19 @@ import pytest
 import torch
 from tiny_models import save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.anatomy.resolve import resolve
+from secateur.calibration.driver import Driver
+from secateur.calibration.source import MemorySource
+from secateur.calibration.windows import load_windows
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.errors import AnatomyError, RecipeError
 from secateur.experts.online import OnlinePlan
 from secateur.pipeline.ways import quantised
-from secateur.quantise.gptq import round_to_nearest
+from secateur.quantise.gptq import gptq, round_to_nearest
 from secateur.report.model import Report
 
 TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
@@ -115,8 +118,6 @@ def test_a_model_without_experts_is_rounded_everywhere_and_better_with_gptq(
 
 
 def test_an_expert_without_tokens_is_said_and_rounded_to_the_nearest(text: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     folder = save_tiny("mixtral", tmp_path / "model", num_local_experts=5)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():  # of two pairs of opposite rows one of each is positive, and the fifth never chosen
@@ -215,3 +216,29 @@ def test_rounding_is_no_format_of_other_runs(text: Path, tmp_path: Path) -> None
             calibration=str(text),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_later_blocks_are_rounded_for_what_the_rounded_ones_give(text: Path, tmp_path: Path) -> None:
+    """Block 1 as GPTQ makes it from the inputs of a model whose block 0 alone is rounded."""
+    source, out = save_tiny("mixtral", tmp_path / "model"), tmp_path / "out"
+    prune(source, out, text, options={"bits": 2.0})
+    half = AutoModelForCausalLM.from_pretrained(source)
+    half.model.layers[0].load_state_dict(
+        AutoModelForCausalLM.from_pretrained(out).model.layers[0].state_dict()
+    )
+    windows = load_windows(str(text), tokenizer=AutoTokenizer.from_pretrained(source), samples=6, length=24)
+    for opened in Driver(MemorySource(half), windows).blocks():
+        observed = opened.observe({"hessian"})
+        opened.finish()
+    matrix = next(m for m in opened.block.matrices if m.name == "self_attn.q_proj")
+    weight = matrix.view(opened.parameters)
+    expected = gptq(weight, observed[matrix.input][0], 4, group=32, steps=5).weight
+    name = "model.layers.1.self_attn.q_proj.weight"
+    found = Checkpoint.open(out).read([name])[name]
+    assert float(((found - expected).abs() < 1e-3).float().mean()) > 0.99
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    for opened in Driver(MemorySource(dense), windows).blocks():
+        observed = opened.observe({"hessian"})
+        opened.finish()
+    other = gptq(weight, observed[matrix.input][0], 4, group=32, steps=5).weight
+    assert float(((found - other).abs() < 1e-3).float().mean()) < 0.9
