@@ -353,3 +353,13 @@ def test_the_card_says_how_to_load_it(half: tuple[Path, Path]) -> None:
     assert "secateur export FOLDER --format dense" in packed
     assert "import secateur" not in dense
     assert "42 tensors packed, 14 as they are" in (half[1] / "report.html").read_text()
+
+
+def test_a_result_without_zeros_says_so(tmp_path: Path) -> None:
+    report = secateur.prune(
+        "seedling", tmp_path / "out", method="magnitude-structure", sparsity=0.3, format="bitmask", **QUICK
+    )
+    assert report.storage is not None
+    assert report.storage.tensors_packed == 0
+    assert report.warnings[-1] == "Nothing would become smaller in format bitmask: these are ordinary files."
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

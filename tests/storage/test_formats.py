@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateur.core.errors import CheckpointError, InputError, RecipeError
 from secateur.storage.bitmask import Bitmask, row_offsets
+from secateur.storage.bits import PIECE, gather, spread
 from secateur.storage.formats import FORMATS, Packed
 from secateur.storage.nm import GroupsOfM
 
@@ -144,8 +145,9 @@ def test_nm_refuses_what_it_cannot_hold() -> None:
     weight = with_zeros((4, 12), torch.float32, 0)
     with pytest.raises(InputError, match="a group of 4 with 4 weights"):
         GroupsOfM.pack(weight, of=4, keep=2)
-    with pytest.raises(InputError, match="12 columns"):
-        GroupsOfM.pack(weight, of=8)
+    for size in (8, 512):
+        with pytest.raises(InputError, match=f"12 columns in groups of {size}"):
+            GroupsOfM.pack(weight, of=size)
     with pytest.raises(InputError, match="13 columns"):
         GroupsOfM.pack(with_zeros((4, 13), torch.float32, 0.9))
 
@@ -221,3 +223,21 @@ def test_a_missing_part_is_named() -> None:
     del stored["w.values"]
     with pytest.raises(CheckpointError, match=r"w\.values is missing"):
         Packed.read("w", "bitmask", stored)
+
+
+def test_tensors_of_several_pieces() -> None:
+    """Spreading goes piece by piece; a row lies in two of them."""
+    weight = with_zeros((701, 1003), torch.bfloat16, 0.5)
+    assert weight.numel() > 2 * PIECE
+    assert same_bits(Packed.of(weight, "bitmask").unpack(), weight)
+    weight = keep_n_of_m(with_zeros((701, 1004), torch.float16, 0.1), 2, 4)
+    assert same_bits(Packed.of(weight, "nm").unpack(), weight)
+
+
+def test_gather_is_what_indexing_gives() -> None:
+    weight = with_zeros((9, 31), torch.float32, 0.5)
+    mask = weight > 0.3
+    assert gather(weight, mask).equal(weight[mask])
+    assert gather(weight.T, mask.T).equal(weight.T[mask.T])
+    assert spread(weight[mask], mask).equal(weight.masked_fill(~mask, 0))
+    assert gather(weight, torch.zeros_like(mask)).shape == (0,)

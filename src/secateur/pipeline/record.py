@@ -122,7 +122,8 @@ def build_report(
         command=command,
         fingerprint=digest(fingerprint),
         effect=effect(
-            recipe.pattern, sparsity, removes=method.removes, storage=storage.format if storage else DENSE,
+            recipe.pattern, sparsity, removes=method.removes,
+            storage=storage.format if storage and storage.tensors_packed else DENSE,
             bytes_before=sizes.bytes_before, bytes_after=sizes.bytes_after,
         ),
         loads_in=loads_in or {},
@@ -132,7 +133,7 @@ def build_report(
         storage=storage,
         layers=outcome.layers,
         blocks=outcome.blocks,
-        warnings=outcome.warnings,
+        warnings=[*outcome.warnings, *_not_packed(storage)],
         not_measured=missing,
     )  # fmt: skip
 
@@ -148,6 +149,12 @@ def storage_facts(checkpoint: Checkpoint, format: str) -> Storage | None:
         tensors_plain=len(checkpoint.tensors) - packed,
         dense_bytes=checkpoint.dense_nbytes,
     )
+
+
+def _not_packed(storage: Storage | None) -> list[str]:
+    if storage is None or storage.tensors_packed:
+        return []
+    return [f"Nothing would become smaller in format {storage.format}: these are ordinary files."]
 
 
 def _calibration(windows: Windows) -> Calibration:

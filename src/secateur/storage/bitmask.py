@@ -21,7 +21,15 @@ from torch import Tensor
 
 from secateur.core.errors import InputError
 from secateur.core.pattern import Pattern
-from secateur.storage.bits import as_matrix, not_zero, pack_bits, rows_and_columns, unpack_bits
+from secateur.storage.bits import (
+    as_matrix,
+    gather,
+    not_zero,
+    pack_bits,
+    rows_and_columns,
+    spread,
+    unpack_bits,
+)
 from secateur.storage.formats import FORMATS, Format, refused
 
 __all__ = ["Bitmask", "row_offsets"]
@@ -52,15 +60,13 @@ class Bitmask(Format):
         stored = needed if mask is None else mask.cpu().reshape(matrix.shape)
         if mask is not None and bool((needed & ~stored).any()):
             raise InputError("a mask that leaves out weights that are not zero", "one that covers them")
-        return {"mask": pack_bits(stored), "values": matrix[stored]}
+        return {"mask": pack_bits(stored), "values": gather(matrix, stored)}
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         values = parts["values"].to(dtype)
-        rows, columns = rows_and_columns(shape)
-        whole = values.new_zeros((rows, columns))
-        whole.masked_scatter_(unpack_bits(parts["mask"], columns), values)
-        return whole.view(shape)
+        _, columns = rows_and_columns(shape)
+        return spread(values, unpack_bits(parts["mask"], columns)).view(shape)
 
     @classmethod
     def check(cls, parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from secateur.core.errors import InputError
 
-__all__ = ["as_matrix", "not_zero", "pack_bits", "rows_and_columns", "unpack_bits"]
+__all__ = ["as_matrix", "gather", "not_zero", "pack_bits", "rows_and_columns", "spread", "unpack_bits"]
 
+PIECE = 1 << 18
+"""Elements that are spread at a time, so that what is needed besides stays in the cache."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,3 +49,36 @@ def unpack_bits(packed: Tensor, columns: int) -> Tensor:
     places = torch.arange(8, device=packed.device, dtype=torch.uint8)
     spread = (packed[..., None] >> places) & 1
     return spread.flatten(-2)[..., :columns].bool()
+
+
+def gather(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The elements of a tensor on the CPU where a bool mask of its shape is set, in their order: (count,).
+
+    Several times as fast as indexing by the mask, in torch and in numpy.
+    """
+    chosen = np.compress(mask.contiguous().view(-1).numpy(), _integers(tensor.reshape(-1)))
+    if not chosen.size:  # torch gives an empty array a stride of 0, which cannot be viewed as bytes
+        return tensor.new_empty(0)
+    return torch.from_numpy(chosen).view(tensor.dtype)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of `gather`: a tensor of the shape of the mask, +0.0 where it is not set."""
+    if values.device.type != "cpu":
+        return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+    table = np.concatenate([np.zeros(1, _integers(values).dtype), _integers(values)])
+    flat, done = mask.contiguous().view(-1).numpy(), 0
+    whole = np.empty(flat.size, table.dtype)
+    for start in range(0, flat.size, PIECE):  # each element is that of its rank in the table, or the first
+        piece = flat[start : start + PIECE]
+        ranks = np.cumsum(piece, dtype=np.int64)
+        count = int(ranks[-1])
+        ranks += done
+        ranks *= piece
+        np.take(table, ranks, out=whole[start : start + PIECE], mode="wrap")
+        done += count
+    return torch.from_numpy(whole).view(values.dtype).view(mask.shape)
+
+
+def _integers(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().view(INTEGERS[tensor.itemsize]).numpy()

@@ -21,13 +21,23 @@ from torch import Tensor
 
 from secateur.core.errors import InputError
 from secateur.core.pattern import Pattern
-from secateur.storage.bits import as_matrix, not_zero, pack_bits, rows_and_columns, unpack_bits
+from secateur.storage.bits import (
+    as_matrix,
+    gather,
+    not_zero,
+    pack_bits,
+    rows_and_columns,
+    spread,
+    unpack_bits,
+)
 from secateur.storage.formats import FORMATS, Format, refused
 
 __all__ = ["GroupsOfM"]
 
 SIZES = (2, 4, 8, 16, 32)
 """Sizes of groups that are tried where none is given."""
+MOST = 256
+"""The largest group: a place is a byte while it is computed with."""
 
 
 @FORMATS.register("nm")
@@ -53,17 +63,21 @@ class GroupsOfM(Format):
         columns = matrix.shape[1]
         used = not_zero(matrix)
         size = of or _best_size(used, 8 * matrix.itemsize)
-        if columns % size:
-            raise InputError(f"{columns} columns", f"a multiple of {size}", "use format bitmask")
+        if columns % size or size > MOST:
+            raise InputError(
+                f"{columns} columns in groups of {size}",
+                f"groups of at most {MOST} that divide them",
+                "use format bitmask",
+            )
         most = _most(used, size)
         if keep is not None and most > keep:
             raise InputError(f"a group of {size} with {most} weights that are not zero", f"at most {keep}")
         kept = max(most if keep is None else keep, 1)
         groups = used.view(len(matrix), columns // size, size)
-        missing = kept - groups.sum(-1, keepdim=True, dtype=torch.uint8)
-        chosen = groups | (~groups).cumsum(-1, dtype=torch.uint8).le(missing)  # and the first zeros
-        places = torch.arange(size, dtype=torch.uint8).expand(groups.shape)[chosen]
-        values = matrix.view(groups.shape)[chosen].view(*groups.shape[:-1], kept)
+        missing = kept - _counts(used, size)[..., None]
+        chosen = groups | ((~groups).cumsum(-1, dtype=torch.uint8) <= missing) if missing.any() else groups
+        places = gather(torch.arange(size, dtype=torch.uint8).expand(groups.shape), chosen)
+        values = gather(matrix, chosen).view(*groups.shape[:-1], kept)
         return {"values": values, "indices": _pack_places(places, _width(size))}
 
     @classmethod
@@ -72,7 +86,10 @@ class GroupsOfM(Format):
         rows, groups, _ = values.shape
         size = rows_and_columns(shape)[1] // max(groups, 1)
         places = _unpack_places(parts["indices"], values.numel(), _width(size)).view(values.shape)
-        return values.new_zeros((rows, groups, size)).scatter_(-1, places.long(), values).view(shape)
+        mask = torch.zeros((rows, groups, size), dtype=torch.bool, device=values.device)
+        for nth in places.unbind(-1):
+            mask |= nth[..., None] == torch.arange(size, dtype=torch.uint8, device=values.device)
+        return spread(values.view(-1), mask).view(shape)
 
     @classmethod
     def check(cls, parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> None:
@@ -82,6 +99,8 @@ class GroupsOfM(Format):
         if values.ndim != 3 or len(values) != rows or not groups or columns % groups:
             raise refused(name, f"its values of {tuple(values.shape)} do not divide {rows} rows of {columns}")
         size, kept = columns // groups, values.shape[2]
+        if size > MOST:
+            raise refused(name, f"it has groups of {size}, and {MOST} is the most")
         width = -(-values.numel() * _width(size) // 8)
         if kept > size or indices.dtype != torch.uint8 or tuple(indices.shape) != (width,):
             raise refused(name, f"its indices of {tuple(indices.shape)} are not those of {kept}:{size}")
@@ -105,9 +124,17 @@ def _width(size: int) -> int:
     return max((size - 1).bit_length(), 1)
 
 
+def _counts(used: Tensor, size: int) -> Tensor:
+    """How many are set in each group: (rows, groups) uint8."""
+    counts = used.view(torch.uint8)
+    while size % 2 == 0:  # halves are added up: quick where sums over a short axis are not
+        counts, size = counts[:, 0::2] + counts[:, 1::2], size // 2
+    return counts.reshape(len(used), counts.shape[1] // size, size).sum(-1, dtype=torch.uint8)
+
+
 def _most(used: Tensor, size: int) -> int:
-    groups = used.view(len(used), used.shape[1] // size, size).sum(-1)
-    return int(groups.max()) if groups.numel() else 0
+    counts = _counts(used, size)
+    return int(counts.max()) if counts.numel() else 0
 
 
 def _best_size(used: Tensor, bits: int) -> int:
@@ -119,11 +146,13 @@ def _best_size(used: Tensor, bits: int) -> int:
 
 
 def _pack_places(places: Tensor, width: int) -> Tensor:
-    bits = (places.view(-1, 1) >> torch.arange(width, dtype=torch.uint8)) & 1
+    bits = torch.stack([(places >> bit) & 1 for bit in range(width)], dim=-1)
     return pack_bits(bits.bool().view(1, -1)).view(-1)
 
 
 def _unpack_places(packed: Tensor, count: int, width: int) -> Tensor:
-    bits = unpack_bits(packed.view(1, -1), count * width).view(count, width)
-    powers = torch.arange(width, dtype=torch.uint8, device=packed.device)
-    return (bits.to(torch.uint8) << powers).sum(-1, dtype=torch.uint8)
+    bits = unpack_bits(packed.view(1, -1), count * width).view(count, width).view(torch.uint8)
+    places = torch.zeros(count, dtype=torch.uint8, device=packed.device)
+    for bit in range(width):
+        places |= bits[:, bit] << bit
+    return places
