@@ -146,7 +146,7 @@ def main() -> None:
             rounded(arguments, Path(scratch) / str(number), method, options)
             for number, (method, options) in enumerate(PLANS)
         ]
-        two = next(n for n, (method, options) in enumerate(PLANS) if options == {"bits": 2.0})
+        two = PLANS.index(("mc-moe", {"bits": 2.0}))
         small = AutoModelForCausalLM.from_pretrained(Path(scratch) / str(two), dtype=torch.float32).eval()
         plan = OnlinePlan.load(Path(scratch) / str(two))
         dropped = [*online(dense, "dense", plan, windows), *online(small, "mc-moe, 2 bits", plan, windows)]

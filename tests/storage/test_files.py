@@ -18,7 +18,7 @@ from secateur.checkpoint.safetensors_file import read_packed, read_tensors, save
 from secateur.checkpoint.safetensors_header import read_header
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.core.errors import CheckpointError
-from secateur.storage.formats import Packed
+from secateur.storage.formats import FORMATS, Format, Packed, refused
 from secateur.storage.packer import Packer
 
 from .test_formats import keep_n_of_m, same_bits, with_zeros
@@ -186,6 +186,8 @@ WRONG_AT_ONCE: dict[str, tuple[Callable[[dict[str, Any], bytearray], Any], str]]
     "version": (lambda header, _: said(header, version=2), "layout version 2; expected version 1"),
     "format": (lambda header, _: said(header, formats={UP: "zip"}), f"'{UP}' is packed in format 'zip'"),
     "words": (lambda header, _: said(header, formats=[1]), "does not parse"),
+    "no format": (lambda header, _: said(header, formats={UP: ["nm"]}), "is packed in format \"\\['nm'\\]\""),
+    "no tensor": (lambda header, _: said(header, formats={"w": "nm"}), "'w' is damaged: w is missing"),
     "marker": (lambda header, _: rename(header, UP, "other"), f"'{UP}' is damaged: {UP} is missing"),
     "checksum": (lambda header, _: rename(header, f"{UP}.crc32", "other"), f"{UP}.crc32 is missing"),
     "shape": (lambda header, _: header[UP].update(shape=[0, 64, 50]), "whose last axis is not 0"),
@@ -245,6 +247,39 @@ def test_config_and_files_must_agree(tmp_path: Path) -> None:
 
 def test_metadata_of_nothing() -> None:
     assert metadata_of({}) == {}
+
+
+def test_a_format_of_ones_own(tmp_path: Path) -> None:
+    """What an entry point of another package would bring."""
+
+    class Signs(Format):
+        id = "signs"
+        parts = ("positive",)
+
+        @classmethod
+        def pack(cls, weight: Tensor, **_: Any) -> dict[str, Tensor]:
+            return {"positive": weight > 0}
+
+        @classmethod
+        def unpack(cls, parts: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return (parts["positive"].to(dtype) * 2 - 1).view(shape)
+
+        @classmethod
+        def check(cls, parts: Any, name: str, shape: tuple[int, ...]) -> None:
+            if tuple(parts["positive"].shape) != shape:
+                raise refused(name, "another shape")
+
+    FORMATS.register("signs")(Signs)
+    try:
+        weight = torch.tensor([[1.0, -1], [-1, -1]])
+        save_tensors(tmp_path / "a.safetensors", {"w": Packed.of(weight, "signs"), "v": weight})
+        header = read_header(tmp_path / "a.safetensors")
+        assert header["w"].stored_bytes == 4 + 8
+        assert read_tensors(tmp_path / "a.safetensors", [header["w"]])["w"].equal(weight)
+    finally:
+        FORMATS._entries.pop("signs")
+    with pytest.raises(CheckpointError, match=r"'w' is packed in format 'signs'; expected .*bitmask"):
+        read_header(tmp_path / "a.safetensors")
 
 
 class TestPacker:

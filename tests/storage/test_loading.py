@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import secateur
 from formats.cut_models import save_cut
 from secateur.core.errors import CheckpointError, InputError
+from secateur.evaluation import _reopen
 from secateur.storage import packed_linear
 from secateur.storage.packed_linear import PackedLinear, unpack_and_multiply
 
@@ -172,6 +173,11 @@ def test_the_base_model_alone(llama: tuple[Path, Path]) -> None:
     dense, packed = (AutoModel.from_pretrained(folder) for folder in llama)
     with torch.no_grad():
         assert packed(IDS).last_hidden_state.equal(dense(IDS).last_hidden_state)
+
+
+def test_shapes_are_checked_without_loading(llama: tuple[Path, Path]) -> None:
+    """What is asked of models too large to be tried: stand-ins have the shapes of what they stand for."""
+    assert _reopen.main(str(llama[1]), False, False, True) == {"class": "LlamaForCausalLM", "problem": ""}
 
 
 def test_mode_by_the_config(llama: tuple[Path, Path]) -> None:

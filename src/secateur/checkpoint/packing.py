@@ -204,8 +204,8 @@ def formats_in(where: str, metadata: Mapping[str, Any]) -> dict[str, str]:
         return {}
     try:
         content = json.loads(metadata[METADATA_KEY])
-        version, formats = content["version"], dict(content["formats"])
-    except (ValueError, TypeError, KeyError) as error:
+        version, formats = content["version"], {key: str(form) for key, form in content["formats"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"what {where} says of its packed tensors does not parse ({error})",
             "a file as secateur writes it",

@@ -36,6 +36,8 @@ __all__ = ["GroupsOfM"]
 
 SIZES = (2, 4, 8, 16, 32)
 """Sizes of groups that are tried where none is given."""
+MOST = 256
+"""The largest group: a place is a byte while it is computed with."""
 
 
 @FORMATS.register("nm")
@@ -61,8 +63,12 @@ class GroupsOfM(Format):
         columns = matrix.shape[1]
         used = not_zero(matrix)
         size = of or _best_size(used, 8 * matrix.itemsize)
-        if columns % size:
-            raise InputError(f"{columns} columns", f"a multiple of {size}", "use format bitmask")
+        if columns % size or size > MOST:
+            raise InputError(
+                f"{columns} columns in groups of {size}",
+                f"groups of at most {MOST} that divide them",
+                "use format bitmask",
+            )
         most = _most(used, size)
         if keep is not None and most > keep:
             raise InputError(f"a group of {size} with {most} weights that are not zero", f"at most {keep}")
@@ -93,6 +99,8 @@ class GroupsOfM(Format):
         if values.ndim != 3 or len(values) != rows or not groups or columns % groups:
             raise refused(name, f"its values of {tuple(values.shape)} do not divide {rows} rows of {columns}")
         size, kept = columns // groups, values.shape[2]
+        if size > MOST:
+            raise refused(name, f"it has groups of {size}, and {MOST} is the most")
         width = -(-values.numel() * _width(size) // 8)
         if kept > size or indices.dtype != torch.uint8 or tuple(indices.shape) != (width,):
             raise refused(name, f"its indices of {tuple(indices.shape)} are not those of {kept}:{size}")

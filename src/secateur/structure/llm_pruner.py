@@ -80,6 +80,13 @@ class LlmPrunerLayers(_Shared, DepthMethod):
         description="important: the blocks that the loss feels most; first: as the published code",
     )
 
+    @field_validator("keep")
+    @classmethod
+    def _or_steps(cls, value: str, info: ValidationInfo) -> str:
+        if value == "first" and info.data.get("steps", 1) > 1:
+            raise ValueError("important with steps: the first blocks are not scored")
+        return value
+
     @property
     def statistics(self) -> frozenset[Statistic]:
         return frozenset() if self.keep == "first" else super().statistics
@@ -112,7 +119,7 @@ class LlmPruner(_Shared, StructureMethod):
 
     @field_validator("steps")
     @classmethod
-    def _divisible(cls, value: int, info: ValidationInfo) -> int:
+    def _or_a_number_of_heads(cls, value: int, info: ValidationInfo) -> int:
         if value > 1 and info.data.get("remove_heads") is not None:
             raise ValueError("1 with remove_heads, which go at once")
         return value

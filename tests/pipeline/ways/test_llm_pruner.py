@@ -256,6 +256,8 @@ def test_a_mode_has_options_of_its_own() -> None:
         LlmPruner.from_options({"mode": "head"})
     with pytest.raises(RecipeError, match="spread"):
         LlmPruner.from_options({"mode": "channel", "spread": "global"})
+    with pytest.raises(RecipeError, match="first"):
+        LlmPruner.from_options({"mode": "layer", "keep": "first", "steps": 2})
     [facts] = secateur.methods("llm-pruner")
     described = {option["name"]: option["description"] for option in facts["options"]}
     assert described["keep"].startswith("mode=layer: ")
@@ -279,6 +281,8 @@ def test_what_steps_cannot_do_is_refused_before_anything_is_written(tmp_path: Pa
         )
     with pytest.raises(RecipeError, match="budget"):
         prune(model, tmp_path / "out", options={"mode": "channel"}, sparsity=None, budget="parameters=0.8x")
+    with pytest.raises(RecipeError, match=r"0\.25, 0\.375"):  # 8 heads: multiples of 8
+        prune(model, tmp_path / "out", options={"mode": "channel", "round_to": 1}, sparsity=0.3)
     unlisted = save_tiny("stablelm", tmp_path / "unlisted", num_hidden_layers=4)
     with pytest.raises(AnatomyError, match="family file"):
         prune(unlisted, tmp_path / "out", options={"mode": "layer", "steps": 2}, sparsity=0.5)

@@ -24,6 +24,7 @@ from secateur.experts.online import OnlinePlan
 from secateur.pipeline.ways import quantised
 from secateur.quantise.gptq import gptq, round_to_nearest
 from secateur.report.model import Report
+from secateur.weights.losses import reconstruction_loss
 
 TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
 IDS = torch.arange(5, 29).view(2, 12)
@@ -221,7 +222,7 @@ def test_rounding_is_no_format_of_other_runs(text: Path, tmp_path: Path) -> None
 def test_later_blocks_are_rounded_for_what_the_rounded_ones_give(text: Path, tmp_path: Path) -> None:
     """Block 1 as GPTQ makes it from the inputs of a model whose block 0 alone is rounded."""
     source, out = save_tiny("mixtral", tmp_path / "model"), tmp_path / "out"
-    prune(source, out, text, options={"bits": 2.0})
+    report = prune(source, out, text, options={"bits": 2.0})
     half = AutoModelForCausalLM.from_pretrained(source)
     half.model.layers[0].load_state_dict(
         AutoModelForCausalLM.from_pretrained(out).model.layers[0].state_dict()
@@ -233,6 +234,11 @@ def test_later_blocks_are_rounded_for_what_the_rounded_ones_give(text: Path, tmp
     matrix = next(m for m in opened.block.matrices if m.name == "self_attn.q_proj")
     weight = matrix.view(opened.parameters)
     expected = gptq(weight, observed[matrix.input][0], 4, group=32, steps=5).weight
+    row = next(row for row in report.layers if row.block == 1 and row.matrix == matrix.name)
+    assert row.loss == pytest.approx(
+        reconstruction_loss(weight, expected, observed[matrix.input][0]), rel=0.02
+    )
+    assert all(row.loss or row.fallbacks for row in report.layers)
     name = "model.layers.1.self_attn.q_proj.weight"
     found = Checkpoint.open(out).read([name])[name]
     assert float(((found - expected).abs() < 1e-3).float().mean()) > 0.99

@@ -218,7 +218,7 @@ def _operations(anatomy: Anatomy, method: Method, tokens: int, evaluation_tokens
     if method.statistics:
         total += forward * 2 * tokens
     if method.statistics & BACKWARD:
-        total += forward * 4 * tokens
+        total += forward * 4 * tokens * getattr(method, "looks", 1)
     if isinstance(method, SearchMethod):
         total += forward * method.tokens_judged
     if "hessian" in method.statistics:

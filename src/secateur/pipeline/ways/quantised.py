@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from secateur.anatomy.model import Matrix
 from secateur.calibration.driver import OpenBlock
 from secateur.calibration.visits import expert_errors, routing_error, visits
 from secateur.checkpoint.packing import Packed
+from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.writer import read_part
 from secateur.core.errors import AnatomyError, NumericsError, RecipeError
 from secateur.core.statistics import InputStatistics, RoutingStatistics
@@ -120,7 +121,7 @@ def _observe_experts(
 ) -> dict[str, Tensor]:
     experts = opened.module.get_submodule(mixture.module)
     seen = list(visits(opened, mixture.module))
-    others = [_rounder(opened, mixture, bits, method.group_size) for bits in method.levels]
+    others = [_all_rounded(opened, mixture, bits, method.group_size) for bits in method.levels]
     errors = expert_errors(experts, others, seen)
     medians = _medians(routing.ratios)
     rule, strategy = Renormalise.of(run.opened.config), MedianRatio({0: float(medians[0])})
@@ -148,7 +149,9 @@ def _medians(ratios: Tensor) -> Tensor:
     return wide.median(0).values if wide.shape[1] else torch.zeros(1, dtype=torch.float64)
 
 
-def _rounder(opened: OpenBlock, mixture: Mixture, bits: int, group: int) -> Callable[[], dict[str, Tensor]]:
+def _all_rounded(
+    opened: OpenBlock, mixture: Mixture, bits: int, group: int
+) -> Callable[[], dict[str, Tensor]]:
     """Makes the parameters of all experts plainly rounded, by their names in the experts' module."""
 
     def make() -> dict[str, Tensor]:
@@ -162,7 +165,7 @@ def _rounder(opened: OpenBlock, mixture: Mixture, bits: int, group: int) -> Call
     return make
 
 
-def _pieces(opened: Opened, index: int, matrix: Matrix) -> Iterator[Piece]:
+def _pieces(opened: Opened, index: int, matrix: Matrix) -> list[Piece]:
     """What a matrix is stored as: tensors of whole rows.
 
     Raises:
@@ -176,17 +179,17 @@ def _pieces(opened: Opened, index: int, matrix: Matrix) -> Iterator[Piece]:
             "matrices stored one by one as (outputs, inputs)",
             f"{opened.anatomy.family} cannot be stored in few bits",
         )
-    return iter(pieces)
+    return pieces
 
 
 class _Rounder:
     """Rounds all blocks; those of an interrupted run are done."""
 
     def __init__(self, run: Run, method: PrecisionMethod, bits: Mapping[int, list[int]]) -> None:
-        self.run_, self.method, self.bits = run, method, bits
+        self.run, self.method, self.bits = run, method, bits
 
     def round(self) -> tuple[list[Layer], list[Block]]:
-        run, done = self.run_, self.run_.finished()
+        run, done = self.run, self.run.finished()
         records = []
         driver = run.driver(
             read=lambda index: read_part(run.out, part_name(index)) if index in done else None
@@ -216,11 +219,11 @@ class _Rounder:
                 rows.append(row.model_dump(mode="json"))
                 small |= own
         observed.clear()
-        stored, _ = self.run_.as_stored(opened)
+        stored, _ = self.run.as_stored(opened)
         loss = opened.finish()
         block = Block(block=opened.index, loss=loss, seconds=round(time.perf_counter() - started, 4))
         record = {"layers": rows, "block": block.model_dump(mode="json")}
-        self.run_.keep(opened.index, {name: small.get(name, one) for name, one in stored.items()}, record)
+        self.run.keep(opened.index, {name: small.get(name, one) for name, one in stored.items()}, record)
         return record
 
     def _bits_of(self, index: int, matrix: Matrix) -> int:
@@ -237,15 +240,14 @@ class _Rounder:
         weight = view.detach().float().contiguous()
         name = f"{opened.index}.{matrix.name}"
         quantised, fallbacks = _rounded(self.method, name, weight, bits, inputs)
-        small, start = {}, 0
-        for piece in _pieces(self.run_.opened, opened.index, matrix):
-            stop = start + piece.shape[0]
-            dtype = self.run_.opened.checkpoint.tensors[piece.name].dtype
-            small[piece.name] = packed(quantised.rows(start, stop), getattr(torch, dtype))
+        loss = reconstruction_loss(weight, quantised.weight, inputs, rows=LOSS_ROWS)
+        small = {}
+        for piece in _pieces(self.run.opened, opened.index, matrix):
+            rows = slice(*(piece.rows or (0, matrix.shape[0])))
+            dtype = torch_dtype(self.run.opened.checkpoint.tensors[piece.name].dtype)
+            small[piece.name] = packed(quantised.rows(rows.start, rows.stop), dtype)
             with torch.no_grad():
-                view[start:stop].copy_(small[piece.name].unpack())
-            start = stop
-        loss = reconstruction_loss(weight, view.float(), inputs, rows=LOSS_ROWS)
+                view[rows].copy_(small[piece.name].unpack())
         stored_bits = 8 * sum(one.nbytes for one in small.values()) / matrix.size
         notes = {"bits": float(bits), "stored_bits": stored_bits}
         if matrix.expert is not None and inputs.tokens:
@@ -284,7 +286,8 @@ def _rounded(
 
 def _precision(opened: Opened, layers: list[Layer], bits: Mapping[int, list[int]]) -> Precision:
     """Averages over weights, with and without scales."""
-    experts = [row for row in layers if ".experts." in row.matrix] if bits else []
+    routed = {(b.index, m.name) for b in opened.anatomy.blocks for m in b.matrices if m.expert is not None}
+    experts = [row for row in layers if (row.block, row.matrix) in routed]
     return Precision(
         bits_experts=_mean(experts, "bits"),
         bits_matrices=_mean(layers, "bits"),

@@ -130,8 +130,12 @@ class _Slices:
         return self.last if index == len(self.anatomy.blocks) - 1 else self.width
 
     def _settle(self, method: SliceMethod) -> None:
-        anatomy, checkpoint, blocks = self.anatomy, self.opened.checkpoint, self.anatomy.blocks
-        stream, last = self.stream, len(self.stream.steps) - 1
+        anatomy, checkpoint, blocks, stream = (
+            self.anatomy,
+            self.opened.checkpoint,
+            self.anatomy.blocks,
+            self.stream,
+        )
         sizes = [{"stream": self.width, "output": self.written(block.index)} for block in blocks]
         shapes = [
             sliced_shapes(stream, block, *own.values()) for block, own in zip(blocks, sizes, strict=True)
@@ -140,25 +144,34 @@ class _Slices:
         extra = {FLAG: flag, "tie_word_embeddings": False}
         biases = stream.new_biases(blocks[0])
         self.config_updates = resized_config(checkpoint.config, anatomy, sizes, shapes, biases, extra=extra)
-        names = [*checkpoint.tensors, *(name for name in anatomy.tied if name == f"{anatomy.head}.weight")]
-        gone = tuple(f".{norm}.{kind}" for norm in stream.norms for kind in ("weight", "bias"))
-        added = [*shortcuts_of(last + 1), *(f"{name}.bias" for name in biases)]
-        for block in blocks:
-            first = stream.writers(block)[0].parameter
+        self.dropped = self._gone(method.slice_head)
+        made = self._made(biases) + ([f"{anatomy.head}.bias"] if flag["head_bias"] else [])
+        names = [name for name in (*checkpoint.tensors, *made) if name not in self.dropped]
+        resolved = resolve_config({**checkpoint.config, **self.config_updates})
+        self.layout = FileLayout(resolved, dict.fromkeys(names))
+
+    def _gone(self, slice_head: bool) -> frozenset[str]:
+        """Names on disk of the norms that are in the matrices now."""
+        layout, stream, last = self.opened.layout, self.stream, self.anatomy.norm
+        norms = tuple(f".{norm}.{kind}" for norm in stream.norms for kind in ("weight", "bias"))
+        inside = (name for block in self.anatomy.blocks for name in layout.block_names(block.index))
+        gone = {name for name in inside if name.endswith(norms)}
+        if slice_head:
+            ends = (f"{last}.weight", f"{last}.bias")
+            gone |= {name for name in layout.outer_names() if any(end.endswith(name) for end in ends)}
+        return frozenset(gone)
+
+    def _made(self, biases: Sequence[str]) -> list[str]:
+        """Names on disk of what is new: shortcuts, biases, and a head that was tied."""
+        head = f"{self.anatomy.head}.weight"
+        added = [*shortcuts_of(len(self.stream.steps)), *(f"{name}.bias" for name in biases)]
+        names = [head] if head in self.anatomy.tied else []
+        for block in self.anatomy.blocks:
+            first = self.stream.writers(block)[0].parameter
             stored = self.opened.layout.block_names(block.index)
             prefix = next(name for name in stored if name.endswith(f".{first}")).removesuffix(first)
             names += [prefix + name for name in added]
-        inside = {name for block in blocks for name in self.opened.layout.block_names(block.index)}
-        dropped = {name for name in inside if name.endswith(gone)}
-        if method.slice_head:
-            norms = (f"{anatomy.norm}.weight", f"{anatomy.norm}.bias")
-            dropped |= {
-                name for name in self.opened.layout.outer_names() if any(n.endswith(name) for n in norms)
-            }
-            names += [f"{anatomy.head}.bias"] if flag["head_bias"] else []
-        self.dropped = frozenset(dropped)
-        resolved = resolve_config({**checkpoint.config, **self.config_updates})
-        self.layout = FileLayout(resolved, dict.fromkeys(name for name in names if name not in dropped))
+        return names
 
 
 class _Walk:

@@ -111,15 +111,27 @@ def _proposals(opened: Opened, method: WidthMethod, sparsity: float) -> list[Wid
     legal = (one for one in islice(wanted, TRIES) if _is_legal(opened, chosen, one[0]))
     proposals = list(islice(legal, method.search or 1))
     if not proposals or (not method.search and abs(proposals[0][1] - sparsity) > 2 * TOLERANCE):
-        near = sorted(
-            {round(removed, 3) for _, removed in proposals or found}, key=lambda n: abs(n - sparsity)
-        )
+        shares = [share for _, share in proposals] or _shares_alone(opened, chosen[-1], sparsity)
+        near = sorted({round(share, 3) for share in shares}, key=lambda share: abs(share - sparsity))
         raise RecipeError(
             f"sparsity {sparsity:g} by {', '.join(method.widths)} alone, in the multiples asked for",
             f"a share that legal widths make, such as {', '.join(map(str, near[:3])) or 'none'}",
             f"choose another --sparsity, or finer multiples (see: secateur methods {method.id})",
         )
     return [widths for widths, _ in proposals]
+
+
+def _shares_alone(opened: Opened, one: Dimension, sparsity: float) -> list[float]:
+    """The legal shares next to this one when a single width shrinks."""
+    anatomy = opened.anatomy
+    shares = {
+        count: freed(anatomy, [one], {one.name: count}) / anatomy.block_parameters
+        for count in one.choices()
+        if count < one.count
+    }
+    nearest = sorted(shares, key=lambda count: abs(shares[count] - sparsity))
+    legal = (count for count in nearest[:TRIES] if _is_legal(opened, [one], {one.name: count}))
+    return [shares[count] for count in islice(legal, 3)]
 
 
 def _is_legal(opened: Opened, chosen: list[Dimension], widths: Widths) -> bool:
