@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,10 +95,10 @@ def _begun(opened: Opened, method: AdaptiveMethod, recipe: Recipe) -> Shrinking:
 def _steps(run: Run, method: AdaptiveMethod) -> tuple[Shrinking, dict[str, Tensor]]:
     """All steps, and a row a step of `moves`, `increments` and `targets`, (steps, blocks), and `loss`."""
     state, history = _resumed(run, method)
-    expected = math.ceil(state.budget / state.most / method.step) if state.most else 0
-    with run.progress.task(f"steps of {method.id}", expected) as task:
-        task.advance(state.steps)
+    with run.progress.task(f"removing parameters with {method.id}", round(state.budget)) as task:
+        task.advance(state.freed)
         while blocks := state.open_blocks:
+            before_step = state.freed
             row = _step(run, method, state, blocks)
             for name, values in row.items():
                 before = history.get(name, values.new_zeros(0, *values.shape))
@@ -107,7 +106,8 @@ def _steps(run: Run, method: AdaptiveMethod) -> tuple[Shrinking, dict[str, Tenso
             if run.writer:
                 save_tensors(run.writer.workspace / STEPS, {**_removed_at(state), **history})
             share = state.freed / run.opened.anatomy.block_parameters
-            task.advance(note=f"sparsity {share:.3f}, loss {float(row['loss']):.3f}")
+            note = f"sparsity {share:.3f}, loss {float(row['loss']):.3f}"
+            task.advance(state.freed - before_step, note=note)
     return state, history
 
 
