@@ -135,4 +135,11 @@ def test_unstructured_means_the_published_group() -> None:
         if (entry := METHODS.get(name))
     }
     assert groups["wanda"] == groups["gblm"] == groups["dsnot"] == "row"
-    assert groups["magnitude"] == groups["ria"] == groups["sparsegpt"] == groups["alps"] == "matrix"
+    assert (
+        groups["magnitude"]
+        == groups["ria"]
+        == groups["sparsegpt"]
+        == groups["alps"]
+        == groups["nowag-p"]
+        == "matrix"
+    )

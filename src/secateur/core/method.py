@@ -18,7 +18,7 @@ BITS = "bits of the weights"
 """What goes where no weight goes."""
 
 ROOMS = {
-    "weights": ("random", "magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "gblm"),
+    "weights": ("random", "magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "gblm", "nowag-p"),
     "structure": (
         "random-structure",
         "magnitude-structure",
