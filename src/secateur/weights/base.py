@@ -54,7 +54,7 @@ class Solution:
     """What a method made of a matrix.
 
     Attributes:
-        weight: (out, in) float32 with zeros where `kept` is False.
+        weight: (out, in) float32 with zeros where `kept` is False (see `WeightMethod.leaves_zeros`).
         kept: (out, in) bool.
         notes: numbers worth reporting (iterations, losses).
         fallbacks: what had to be done differently than asked, one plain phrase each.
@@ -78,12 +78,18 @@ class WeightMethod(Method):
     """Base of the methods that set single weights to zero.
 
     Most methods are one `score`. Those that also move the remaining weights override `prune`.
+
+    Class variables:
+        default_pattern: what `unstructured` means.
+        leaves_zeros: whether a weight is zero where `Solution.kept` is False; not where a sparse core is
+            multiplied with something dense.
     """
 
     family: ClassVar[str] = "weights"
     removes: ClassVar[str] = "single weights"
     effect: ClassVar[str] = "unstructured zeros in a dense file: not smaller and not faster by themselves"
     default_pattern: ClassVar[Pattern] = Pattern("row")
+    leaves_zeros: ClassVar[bool] = True
 
     def score(self, problem: Problem) -> Tensor:
         """(out, in) importance of each weight; the smallest go."""

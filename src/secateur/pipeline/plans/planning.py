@@ -96,7 +96,7 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
         return {
             "sparsity": sparsity,
             "parameters_prunable": anatomy.prunable_parameters,
-            "zeros_after": int(anatomy.prunable_parameters * sparsity),
+            "zeros_after": int(anatomy.prunable_parameters * sparsity) if method.leaves_zeros else 0,
             "parameters_after": before,
             "bytes_after": _stored_bytes(opened, recipe),
             "exact": recipe.format == "dense",

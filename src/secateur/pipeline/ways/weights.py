@@ -55,7 +55,7 @@ def prune_weights(run: Run, method: WeightMethod) -> Outcome:
         finished=done,
         store=lambda block: _store(run, block),
     )
-    return Outcome.of_weights(layers, blocks)
+    return Outcome.of_weights(layers, blocks, leaves_zeros=method.leaves_zeros)
 
 
 def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | None]:
