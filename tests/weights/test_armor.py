@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ def test_als_and_gradient_descent_never_rise(name: str, pattern: str) -> None:
         losses.append(factors.loss(whole))
         core(factors, whole, 2)
         losses.append(factors.loss(whole))
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
     assert losses[-1] < 0.9 * losses[0]
     assert not factors.core[~factors.kept].any()
 

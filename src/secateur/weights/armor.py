@@ -101,13 +101,12 @@ class Armor(WeightMethod):
         step = STEPS[self.continuous](self.rate)
         core = CoreStep(problem.pattern, self.select, problem.generator)
         best, least, idle, rounds = factors.copy(), loss, 0, 0
-        for rounds in range(1, (self.iterations or ROUNDS[self.continuous]) + 1):
+        while rounds < (self.iterations or ROUNDS[self.continuous]) and idle < self.patience:
+            rounds += 1
             step(factors, whole)
             core(factors, whole, self.core_steps)
             before, loss = loss, factors.loss(whole)
             if loss < least:
                 best, least = factors.copy(), loss
             idle = 0 if before - loss > max(RELATIVE * before, ABSOLUTE) else idle + 1
-            if idle >= self.patience:
-                break
         return best, least, rounds

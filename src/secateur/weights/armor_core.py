@@ -25,13 +25,13 @@ TINY = 1e-30
 
 
 class _Group(NamedTuple):
-    """One group in each of the P x Q blocks: `index` reaches its g entries in a (P, a, Q, b) view."""
+    """One group in each of the P x Q blocks: `at` reaches its g entries in a (P, a, Q, b) view."""
 
     rows: Tensor
     columns: Tensor
 
     @property
-    def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def at(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         blocks = [torch.arange(size, device=self.rows.device) for size in self.rows.shape]
         return blocks[0][:, None, None], self.rows[..., None], blocks[1][None, :, None], self.columns
 
@@ -94,7 +94,7 @@ class CoreStep:
         The squared error as a function of the values s of one group is s H s - 2 u s and a constant, with
         H = |A's column|^2 (B energy B^T) on its entries and u = pull + H s at the present s.
         """
-        index = group.index
+        index = group.at
         core, kept = _blocks(factors.core, factors), _blocks(factors.kept, factors)
         old, present = core[index], kept[index]
         reach = factors.left.square().sum(1)[index[0], index[1]].double()
@@ -131,14 +131,14 @@ def _blocks(matrix: Tensor, factors: Factors) -> Tensor:
 
 def _square(curvature: Tensor, group: _Group) -> Tensor:
     """(P, Q, g, g) of (Q, b, b): what the entries of a group share."""
-    block = group.index[2][..., None]
+    block = group.at[2][..., None]
     return curvature[block, group.columns[..., :, None], group.columns[..., None, :]]
 
 
 def _swappable(group: _Group, pulls: Tensor, factors: Factors, curvature: Tensor) -> _Group:
     """Of each group the kept entries that are missed least and the dropped ones that are missed most, by
     turns."""
-    index = group.index
+    index = group.at
     kept = _blocks(factors.kept, factors)[index]
     bends = curvature.diagonal(dim1=-2, dim2=-1)[index[2], index[3]]
     missed = torch.where(kept, _blocks(factors.core, factors)[index].square() * bends, -pulls[index].abs())

@@ -1,6 +1,6 @@
 """A matrix as A S B, with A and B of square blocks on the diagonal, and steps that bring it nearer.
 
-Block (I, K) of the product is A_I S_IK B_K: no other block shares S_IK, so that blocks are solved all at once.
+Block (I, K) of the product is A_I S_IK B_K, and no other block shares S_IK: all are solved at once.
 A has P blocks of a, B has Q blocks of b; outputs = P a, inputs = Q b.
 """
 
@@ -17,7 +17,7 @@ from secateur.weights.nowag import Normalised
 __all__ = ["STEPS", "Adam", "Factors", "Step", "block_sizes", "closed_form", "left_times", "times_right"]
 
 RIDGE = 1e-6
-"""Weight of staying where it is in the closed forms, of the mean curvature: they never fail or rise for it."""
+"""Weight of staying in place in the closed forms, of the mean curvature: what is not determined stays."""
 TINY = 1e-30
 
 
