@@ -58,6 +58,9 @@ class Armor(WeightMethod):
     select: Literal["gradient", "greedy", "random"] = Field(
         "gradient", description="the group: drawn by its gradient, the largest gradient, or any"
     )
+    store: Literal["dense", "factors"] = Field(
+        "dense", description="what is written: the product as an ordinary matrix, or A, S and B"
+    )
     patience: int = Field(100, ge=1, description="idle rounds in a row after which it ends")
 
     def score(self, problem: Problem) -> Tensor:
@@ -86,10 +89,16 @@ class Armor(WeightMethod):
             start = Factors.start(whole.matrix, kept, a, b)
             first = start.loss(whole)
             best, last, rounds = self._improve(start, whole, problem, first)
-            weight = whole.restored(best.product())
+            factored = best.folded(whole)
+            weight = factored.product()
         notes = {"block_rows": a, "block_columns": b, "extra": (a * rows + b * columns) / kept.numel()}
         notes |= {"proxy_first": first, "proxy_last": last, "iterations": rounds}
-        return Solution(weight, best.kept, {name: float(note) for name, note in notes.items()})
+        return Solution(
+            weight,
+            best.kept,
+            {name: float(note) for name, note in notes.items()},
+            factored=factored if self.store == "factors" else None,
+        )
 
     def _improve(
         self, factors: Factors, whole: Normalised, problem: Problem, loss: float

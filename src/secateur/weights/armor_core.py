@@ -143,7 +143,7 @@ def _swappable(group: _Group, pulls: Tensor, factors: Factors, curvature: Tensor
     bends = curvature.diagonal(dim1=-2, dim2=-1)[index[2], index[3]]
     missed = torch.where(kept, _blocks(factors.core, factors)[index].square() * bends, -pulls[index].abs())
     places = [missed.masked_fill(~side, torch.inf).argsort(-1).argsort(-1) for side in (kept, ~kept)]
-    turns = 2 * torch.where(kept, *places) + kept
+    turns = 2 * torch.where(kept, places[0], places[1]) + kept
     columns = turns.topk(min(FEW, turns.shape[-1]), largest=False).indices
     return group._replace(columns=group.columns.gather(-1, columns))
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from secateur.core.factored import Factored, left_times, times_right
 from secateur.weights.nowag import Normalised
 
-__all__ = ["STEPS", "Adam", "Factors", "Step", "block_sizes", "closed_form", "left_times", "times_right"]
+__all__ = ["STEPS", "Adam", "Factors", "Step", "block_sizes", "closed_form", "descent", "pull"]
 
 RIDGE = 1e-6
 """Weight of staying in place in the closed forms, of the mean curvature: what is not determined stays."""
@@ -52,6 +53,11 @@ class Factors:
         """(out, in) A S B."""
         return left_times(self.left, times_right(self.core, self.right))
 
+    def folded(self, whole: Normalised) -> Factored:
+        """With the scales of the weights in the rows of A and the columns of B (armor, section 2.6)."""
+        left = self.left * whole.rows.view(len(self.left), -1, 1)
+        return Factored(left, self.core, self.right * whole.columns.view(len(self.right), 1, -1))
+
     def loss(self, whole: Normalised) -> float:
         """sum of energy * (N - A S B)^2 over that of energy * N^2 (armor, section 2.3)."""
         return float(_energy_of(whole.matrix - self.product(), whole) / _energy_of(whole.matrix, whole))
@@ -59,17 +65,6 @@ class Factors:
 
 Step = Callable[[Factors, Normalised], None]
 """Changes left, right and core of factors in place; never the support."""
-
-
-def left_times(left: Tensor, matrix: Tensor) -> Tensor:
-    """Blocks on a diagonal (P, a, a) times (P a, n)."""
-    return (left @ matrix.view(left.shape[0], left.shape[1], -1)).view(matrix.shape)
-
-
-def times_right(matrix: Tensor, right: Tensor) -> Tensor:
-    """(n, Q b) times blocks on a diagonal (Q, b, b)."""
-    parts = matrix.view(-1, *right.shape[:2]).transpose(0, 1)
-    return (parts @ right).transpose(0, 1).reshape(matrix.shape)
 
 
 def block_sizes(shape: tuple[int, int], group: int, most: int, overhead: float) -> tuple[int, int]:
@@ -180,7 +175,8 @@ def _solve(gram: Tensor, target: Tensor, start: Tensor) -> Tensor:
     """
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)[:, None, None] + TINY
     damped = gram.double() + ridge * torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
-    return torch.linalg.solve(damped, target.mT.double() + ridge * start.double()).float()
+    solved: Tensor = torch.linalg.solve(damped, target.mT.double() + ridge * start.double())
+    return solved.float()
 
 
 def _line_search(factors: Factors, whole: Normalised) -> None:
@@ -197,7 +193,8 @@ def _line_search(factors: Factors, whole: Normalised) -> None:
 
 def _largest(symmetric: Tensor) -> Tensor:
     """(n, 1, 1) largest eigenvalue of each, positive."""
-    return torch.linalg.eigvalsh(symmetric.double())[:, -1:, None].clamp_min(TINY).float()
+    values: Tensor = torch.linalg.eigvalsh(symmetric.double())
+    return values[:, -1:, None].clamp_min(TINY).float()
 
 
 def _energy_of(matrix: Tensor, whole: Normalised) -> Tensor:

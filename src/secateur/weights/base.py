@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from secateur.anatomy.permute import Reorder
+    from secateur.core.factored import Factored
 
 __all__ = ["OtherMethod", "Problem", "Solution", "WeightMethod", "input_norms", "register", "weight_method"]
 
@@ -60,6 +61,7 @@ class Solution:
         fallbacks: what had to be done differently than asked, one plain phrase each.
         orders: (parts, width) int64 new order of the inputs, in which `kept` holds an N:M pattern, where
             that is not the stored one (only for a problem with a `reorder`).
+        factored: what `weight` is the product of, where that is to be stored instead.
     """
 
     weight: Tensor
@@ -67,6 +69,7 @@ class Solution:
     notes: dict[str, float] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     orders: Tensor | None = None
+    factored: Factored | None = None
 
     @classmethod
     def of(cls, weight: Tensor, kept: Tensor, **rest: Any) -> Solution:

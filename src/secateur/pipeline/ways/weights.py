@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from secateur.anatomy.model import Matrix
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
+from secateur.checkpoint.packing import Packed
+from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.writer import read_part
+from secateur.core.factored import Factored
 from secateur.pipeline.blocks import gradients_for, prune_blocks
 from secateur.pipeline.budget import (
     budget_as_json,
@@ -22,6 +26,7 @@ from secateur.pipeline.matrices import Budget
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run, part_name
 from secateur.recipe import Recipe
+from secateur.storage.armor import packed
 from secateur.weights.allocation import ALLOCATIONS
 from secateur.weights.base import WeightMethod
 
@@ -53,7 +58,7 @@ def prune_weights(run: Run, method: WeightMethod) -> Outcome:
         run.recipe.seed,
         run.progress,
         finished=done,
-        store=lambda block: _store(run, block),
+        store=lambda block, factored: _store(run, block, factored, budget),
     )
     return Outcome.of_weights(layers, blocks, leaves_zeros=method.leaves_zeros)
 
@@ -67,9 +72,27 @@ def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | Non
     return read
 
 
-def _store(run: Run, block: OpenBlock) -> Callable[[dict[str, Any]], None]:
+def _store(
+    run: Run, block: OpenBlock, factored: Mapping[str, Factored], budget: Budget
+) -> Callable[[dict[str, Any]], None]:
+    small: dict[str, Packed] = {}
+    for matrix in block.block.matrices:
+        name = _own_tensor(run.opened, block.index, matrix)
+        if matrix.name in factored and name is not None:
+            dtype = torch_dtype(run.opened.checkpoint.tensors[name].dtype)
+            small[name] = packed(factored[matrix.name], dtype, budget.pattern)
+            matrix.view(block.parameters).copy_(small[name].unpack())
     stored, _ = run.as_stored(block)
-    return lambda record: run.keep(block.index, stored, record)
+    return lambda record: run.keep(block.index, {**stored, **small}, record)
+
+
+def _own_tensor(opened: Opened, index: int, matrix: Matrix) -> str | None:
+    """The tensor on disk that is this very matrix; None where it is a part, several, or transposed."""
+    pieces = [
+        piece for piece in opened.layout.pieces(index, matrix.parameter) if piece.expert == matrix.expert
+    ]
+    whole = len(pieces) == 1 and tuple(pieces[0].shape) == matrix.shape and not matrix.transposed
+    return pieces[0].name if whole else None
 
 
 def _budget(run: Run, method: WeightMethod, dense: Driver, gradients: GradientStore | None) -> Budget:
