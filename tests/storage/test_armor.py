@@ -11,7 +11,7 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
-from secateur.core.errors import CheckpointError, InputError
+from secateur.core.errors import CheckpointError, InputError, RecipeError
 from secateur.core.factored import Factored
 from secateur.core.pattern import Pattern
 from secateur.core.selection import select
@@ -97,6 +97,13 @@ def test_a_run_writes_factors_that_load_and_export(pattern: str, tmp_path: Path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, dense.state_dict()[name]), name
+
+
+def test_transposed_matrices_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = save_tiny("gpt2", tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"c_attn.*store=factors"):
+        prune(model, tmp_path / "out", method="armor", pattern="2:4", options=OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_run_ends_in_the_same_files(tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ class Armor(WeightMethod):
     )
     patience: int = Field(100, ge=1, description="idle rounds in a row after which it ends")
 
+    @property
+    def stores_factors(self) -> bool:
+        return self.store == "factors"
+
     def score(self, problem: Problem) -> Tensor:
         """That of NoWag-P, which chooses the first support."""
         from secateur.weights.nowag import normalise
@@ -97,7 +101,7 @@ class Armor(WeightMethod):
             weight,
             best.kept,
             {name: float(note) for name, note in notes.items()},
-            factored=factored if self.store == "factors" else None,
+            factored=factored if self.stores_factors else None,
         )
 
     def _improve(

@@ -94,6 +94,11 @@ class WeightMethod(Method):
     default_pattern: ClassVar[Pattern] = Pattern("row")
     leaves_zeros: ClassVar[bool] = True
 
+    @property
+    def stores_factors(self) -> bool:
+        """Whether `Solution.factored` is to be stored in place of the weight."""
+        return False
+
     def score(self, problem: Problem) -> Tensor:
         """(out, in) importance of each weight; the smallest go."""
         raise RecipeError(

@@ -13,6 +13,7 @@ from secateur.calibration.gradients import GradientStore
 from secateur.checkpoint.packing import Packed
 from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.writer import read_part
+from secateur.core.errors import RecipeError
 from secateur.core.factored import Factored
 from secateur.pipeline.blocks import gradients_for, prune_blocks
 from secateur.pipeline.budget import (
@@ -34,8 +35,21 @@ __all__ = ["check_weights", "prune_weights", "weights_observe"]
 
 
 def check_weights(opened: Opened, method: WeightMethod, recipe: Recipe) -> None:
-    """Refuse a pattern that this model or method cannot have. Raises `RecipeError`."""
+    """Refuse a pattern that this model or method cannot have, and factors that could not be stored.
+
+    Raises `RecipeError`.
+    """
     check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
+    if not method.stores_factors:
+        return
+    for block in opened.anatomy.blocks:
+        for matrix in block.matrices:
+            if _own_tensor(opened, block.index, matrix) is None:
+                raise RecipeError(
+                    f"factors of {block.index}.{matrix.name}, which is not stored as a matrix of its own",
+                    "matrices stored one by one as (outputs, inputs)",
+                    "leave out -O store=factors: the product is written",
+                )
 
 
 def weights_observe(method: WeightMethod, recipe: Recipe) -> bool:
