@@ -16,6 +16,7 @@ from secateur.core.factored import Factored
 from secateur.core.pattern import Pattern
 from secateur.core.selection import select
 from secateur.pipeline.opened import open_model
+from secateur.report.verdict import verdict
 from secateur.storage.armor import FactoredFormat, packed
 from secateur.storage.formats import Packed
 from secateur.storage.packed_linear import PackedLinear
@@ -99,10 +100,29 @@ def test_a_run_writes_factors_that_load_and_export(pattern: str, tmp_path: Path)
         assert torch.equal(tensor, dense.state_dict()[name]), name
 
 
+def test_a_product_is_not_called_sparse(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    options = {**OPTIONS, "store": "dense"}
+    report = prune(model, tmp_path / "out", method="armor", pattern="2:4", options=options)
+    assert report.sparsity == pytest.approx(0.5)
+    assert report.nonzero_parameters_after == report.parameters_before
+    assert report.bytes_after == report.bytes_before
+    assert "no zeros" in report.effect
+    assert "product that has no zeros" in verdict(report)
+    assert not open_model(tmp_path / "out").checkpoint.formats
+
+
 def test_transposed_matrices_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = save_tiny("gpt2", tmp_path / "model")
     with pytest.raises(RecipeError, match=r"c_attn.*store=factors"):
         prune(model, tmp_path / "out", method="armor", pattern="2:4", options=OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_format_of_zeros_is_refused(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with pytest.raises(RecipeError, match="store=factors"):
+        prune(model, tmp_path / "out", method="armor", pattern="2:4", options=OPTIONS, format="bitmask")
     assert not (tmp_path / "out").exists()
 
 

@@ -40,7 +40,7 @@ def effect(
         return f"Weights are stored in fewer bits{_sizes(bytes_before, bytes_after)}. {UNPACKED} {ADVICE}"
     if sparsity == 0:
         return "Nothing was removed: size and speed are those of the dense model."
-    if removes == CORE and bytes_before and bytes_after and bytes_after < bytes_before:
+    if removes == CORE and (storage != "dense" or (bytes_after or 0) < (bytes_before or 0)):
         return (
             f"{percent(sparsity)} of a sparse core are gone; it and two block-diagonal matrices are stored "
             f"in place of their product{_sizes(bytes_before, bytes_after)}. {UNPACKED} {ADVICE}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.anatomy.model import Matrix
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
-from secateur.checkpoint.packing import Packed
+from secateur.checkpoint.packing import DENSE, Packed
 from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.writer import read_part
 from secateur.core.errors import RecipeError
@@ -40,6 +40,12 @@ def check_weights(opened: Opened, method: WeightMethod, recipe: Recipe) -> None:
     Raises `RecipeError`.
     """
     check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
+    if not method.leaves_zeros and recipe.format != DENSE:
+        raise RecipeError(
+            f"format {recipe.format!r} with method {method.id!r}, whose products have no zeros",
+            "a method that leaves zeros",
+            "leave out --format, or use -O store=factors in its place",
+        )
     if not method.stores_factors:
         return
     for block in opened.anatomy.blocks:
