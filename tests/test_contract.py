@@ -23,7 +23,7 @@ from secateur.report.model import Report
 
 ALL = (*FAMILIES, *UNLISTED)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPTIONS = {"alps": {"iterations": 30}}
+OPTIONS = {"alps": {"iterations": 30}, "armor": {"iterations": 3}}
 
 
 class Result(NamedTuple):
@@ -83,13 +83,14 @@ def test_exact_sparsity_and_nothing_else_touched(method: str, results: Results) 
             weight = matrix.view(inside)
             row = rows.pop((block.index, matrix.name))
             assert (row.rows, row.columns) == tuple(weight.shape)
-            if pattern.kind == "n:m":
+            leaves_zeros = METHODS.get(method).leaves_zeros
+            if pattern.kind == "n:m" and leaves_zeros:
                 assert check_pattern(weight, pattern) == 0
             fewest = drop_count(weight.shape[1], 0.5) * weight.shape[0]
             if pattern.kind == "matrix":
                 fewest = drop_count(weight.numel(), 0.5)
             zeros = int((weight == 0).sum())
-            assert zeros >= fewest
+            assert zeros >= fewest or not leaves_zeros
             assert row.sparsity == pytest.approx(fewest / weight.numel())
     assert not rows, "the report names matrices that the anatomy does not"
     for name, tensor in before.items():

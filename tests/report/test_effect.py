@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from secateur.core.errors import RecipeError
+from secateur.core.method import CORE
 from secateur.core.pattern import Pattern
 from secateur.report.effect import effect
 
@@ -61,3 +62,12 @@ def test_zeros_in_a_file_that_an_earlier_stage_made_smaller_claim_no_sizes() -> 
     words = effect("unstructured", 0.4, bytes_before=16_000_000, bytes_after=12_900_000)
     assert "not smaller and not faster" in words
     assert "MB" not in words
+
+
+def test_a_sparse_core_pays_only_where_it_is_stored() -> None:
+    product = effect("2:4", 0.5, removes=CORE, bytes_before=1000, bytes_after=1000)
+    assert "no zeros: not smaller and not faster" in product
+    factors = effect("2:4", 0.5, removes=CORE, bytes_before=1000, bytes_after=700)
+    assert "in place of their product (1.00 kB before" in factors
+    assert "neither is faster" in factors
+    assert "in place of their product" in effect("2:4", 0.5, removes=CORE, storage="armor")

@@ -102,6 +102,7 @@ FORMATS: Registry[type[Format]] = Registry(
     {
         "bitmask": "secateur.storage.bitmask",
         "nm": "secateur.storage.nm",
+        "armor": "secateur.storage.armor",
         "low-bit": "secateur.storage.low_bit",
     },
 )

@@ -12,13 +12,26 @@ from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.registry import Registry
 from secateur.core.statistics import Statistic
 
-__all__ = ["BITS", "METHODS", "Method", "Paper", "methods_of"]
+__all__ = ["BITS", "CORE", "METHODS", "Method", "Paper", "methods_of"]
 
 BITS = "bits of the weights"
 """What goes where no weight goes."""
+CORE = "weights of a core between two factors"
+"""What goes where the product with the factors is stored, which has no zeros."""
 
 ROOMS = {
-    "weights": ("random", "magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "gblm"),
+    "weights": (
+        "random",
+        "magnitude",
+        "wanda",
+        "ria",
+        "sparsegpt",
+        "alps",
+        "dsnot",
+        "gblm",
+        "nowag-p",
+        "armor",
+    ),
     "structure": (
         "random-structure",
         "magnitude-structure",

@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.calibration.distributed import Group
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore, collect_gradients
+from secateur.core.factored import Factored
 from secateur.core.progress import Progress
 from secateur.pipeline.matrices import Budget, prune_block
 from secateur.report.model import Block, Layer
@@ -22,8 +23,9 @@ __all__ = ["gradients_for", "prune_blocks"]
 Finished = Mapping[int, dict[str, Any]]
 """Records of blocks that an earlier run has pruned: `{"layers": [...], "block": {...}}`."""
 
-Store = Callable[[OpenBlock], Callable[[dict[str, Any]], None]]
-"""Rounds a pruned block, before it propagates, to what will be stored; returns how to store it."""
+Store = Callable[[OpenBlock, Mapping[str, Factored]], Callable[[dict[str, Any]], None]]
+"""Rounds a pruned block, before it propagates, to what will be stored, some matrices as factors; returns how
+to store it."""
 
 
 def gradients_for(
@@ -92,9 +94,10 @@ def _prune_one(
     needs = method.statistics - {"gradient"}
     observed = opened.observe(needs) if needs else {}
     found: Mapping[str, Tensor] = gradients.load(opened.index) if gradients else {}
-    rows = prune_block(opened, method, budget, observed, found, seed)
+    factored: dict[str, Factored] = {}
+    rows = prune_block(opened, method, budget, observed, found, seed, factored)
     observed.clear()
-    keep = store(opened) if store else None
+    keep = store(opened, factored) if store else None
     loss = opened.finish()
     block = Block(block=opened.index, loss=loss, seconds=round(time.perf_counter() - started, 4))
     record = {"layers": [row.model_dump(mode="json") for row in rows], "block": block.model_dump(mode="json")}

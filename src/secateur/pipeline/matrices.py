@@ -14,6 +14,7 @@ from secateur.anatomy.model import Matrix
 from secateur.anatomy.permute import permute, reorder_of
 from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import NumericsError
+from secateur.core.factored import Factored
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import InputStatistics
 from secateur.report.model import Layer
@@ -65,12 +66,20 @@ def prune_block(
     observed: Mapping[str, list[InputStatistics]],
     gradients: Mapping[str, Tensor],
     seed: int,
+    factored: dict[str, Factored] | None = None,
 ) -> list[Layer]:
-    """Prune every matrix of the block in place and say what was done, a row a matrix."""
-    return [
-        _prune_matrix(opened, matrix, method, budget, statistics_of(matrix, observed), gradients, seed)
-        for matrix in opened.block.matrices
-    ]
+    """Prune every matrix of the block in place and say what was done, a row a matrix.
+
+    `factored` takes, by name, the factors of matrices that are to be stored as such.
+    """
+    rows = []
+    for matrix in opened.block.matrices:
+        inputs = statistics_of(matrix, observed)
+        row, factors = _prune_matrix(opened, matrix, method, budget, inputs, gradients, seed)
+        rows.append(row)
+        if factors is not None and factored is not None:
+            factored[matrix.name] = factors
+    return rows
 
 
 def _prune_matrix(
@@ -81,7 +90,7 @@ def _prune_matrix(
     inputs: InputStatistics,
     gradients: Mapping[str, Tensor],
     seed: int,
-) -> Layer:
+) -> tuple[Layer, Factored | None]:
     started = time.perf_counter()
     view = matrix.view(opened.parameters)
     name = f"{opened.index}.{matrix.name}"
@@ -102,7 +111,7 @@ def _prune_matrix(
         view.copy_(solution.weight)
     if solution.orders is not None and problem.reorder is not None:
         permute(opened.block, opened.parameters, problem.reorder, solution.orders)
-    return Layer(
+    row = Layer(
         block=opened.index,
         matrix=matrix.name,
         rows=matrix.shape[0],
@@ -114,6 +123,7 @@ def _prune_matrix(
         notes=solution.notes,
         fallbacks=solution.fallbacks,
     )
+    return row, solution.factored
 
 
 def solve(method: WeightMethod, problem: Problem) -> Solution:

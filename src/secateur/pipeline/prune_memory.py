@@ -94,7 +94,8 @@ def _prune(
     with tempfile.TemporaryDirectory() as scratch:
         gradients = gradients_for(method, driver, Path(scratch), progress)
         budget = plan_budget(recipe, method, driver, gradients, Path(scratch), progress)
-        return Outcome.of_weights(*prune_blocks(driver, method, budget, gradients, recipe.seed, progress))
+        done = prune_blocks(driver, method, budget, gradients, recipe.seed, progress)
+        return Outcome.of_weights(*done, leaves_zeros=method.leaves_zeros)
 
 
 def _not_measured(verdict: Verdict) -> dict[str, str]:

@@ -135,11 +135,11 @@ class Outcome:
     precision: Precision | None = None
 
     @classmethod
-    def of_weights(cls, layers: list[Layer], blocks: list[Block]) -> Outcome:
-        """Of a run that set single weights to zero."""
+    def of_weights(cls, layers: list[Layer], blocks: list[Block], *, leaves_zeros: bool = True) -> Outcome:
+        """Of a run that set single weights to zero, in the files or (`leaves_zeros` False) in a factor."""
         total = sum(layer.rows * layer.columns for layer in layers)
-        zeros = sum(round(layer.sparsity * layer.rows * layer.columns) for layer in layers)
-        return cls(layers, blocks, zeros / total, zeros)
+        gone = sum(round(layer.sparsity * layer.rows * layer.columns) for layer in layers)
+        return cls(layers, blocks, gone / total, gone if leaves_zeros else 0)
 
 
 def as_stored(opened: Opened, block: OpenBlock) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

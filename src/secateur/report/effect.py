@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.core.method import BITS
+from secateur.core.method import BITS, CORE
 from secateur.core.pattern import Pattern
 from secateur.report.numbers import percent, size
 
@@ -40,6 +40,16 @@ def effect(
         return f"Weights are stored in fewer bits{_sizes(bytes_before, bytes_after)}. {UNPACKED} {ADVICE}"
     if sparsity == 0:
         return "Nothing was removed: size and speed are those of the dense model."
+    if removes == CORE and (storage != "dense" or (bytes_after or 0) < (bytes_before or 0)):
+        return (
+            f"{percent(sparsity)} of a sparse core are gone; it and two block-diagonal matrices are stored "
+            f"in place of their product{_sizes(bytes_before, bytes_after)}. {UNPACKED} {ADVICE}"
+        )
+    if removes == CORE:
+        return (
+            f"{percent(sparsity)} of a sparse core are gone, but what is stored is its product with two "
+            f"block-diagonal matrices, which has no zeros: not smaller and not faster. {ADVICE}"
+        )
     sizes = _sizes(bytes_before, bytes_after)  # of a chain: an earlier stage may have made the file smaller
     if removes == "routed experts":
         sentences = [

@@ -145,6 +145,8 @@ def _deed(report: Report) -> str:
         how, what = "as whole units", "parameters in blocks"
     if report.pattern == "experts":
         how, what = "whole", "routed experts"
+    if report.sparsity and report.nonzero_parameters_after == report.parameters_before:
+        how += ", inside a product that has no zeros"
     asked = ""
     if abs(report.sparsity - report.sparsity_requested) > 0.005:
         asked = f" ({percent(report.sparsity_requested)} was asked for)"

@@ -2,7 +2,7 @@
 
 >>> from secateur.storage.formats import FORMATS
 >>> FORMATS.names()
-['bitmask', 'low-bit', 'nm']
+['armor', 'bitmask', 'low-bit', 'nm']
 """
 
 from secateur.checkpoint.packing import FORMATS, VERSION, Format, Packed, refused

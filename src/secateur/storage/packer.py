@@ -37,7 +37,9 @@ class Packer:
     def __init__(self, format: str) -> None:
         if not FORMATS.get(format).exact:
             raise RecipeError(
-                f"format {format!r}, which rounds", "a format of weights with zeros", "use --method mc-moe"
+                f"format {format!r}, which rounds",
+                "a format of weights with zeros",
+                "use --method mc-moe or armor",
             )
         self.format = format
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from secateur.anatomy.permute import Reorder
+    from secateur.core.factored import Factored
 
 __all__ = ["OtherMethod", "Problem", "Solution", "WeightMethod", "input_norms", "register", "weight_method"]
 
@@ -54,12 +55,13 @@ class Solution:
     """What a method made of a matrix.
 
     Attributes:
-        weight: (out, in) float32 with zeros where `kept` is False.
+        weight: (out, in) float32 with zeros where `kept` is False (see `WeightMethod.leaves_zeros`).
         kept: (out, in) bool.
         notes: numbers worth reporting (iterations, losses).
         fallbacks: what had to be done differently than asked, one plain phrase each.
         orders: (parts, width) int64 new order of the inputs, in which `kept` holds an N:M pattern, where
             that is not the stored one (only for a problem with a `reorder`).
+        factored: what `weight` is the product of, where that is to be stored instead.
     """
 
     weight: Tensor
@@ -67,6 +69,7 @@ class Solution:
     notes: dict[str, float] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     orders: Tensor | None = None
+    factored: Factored | None = None
 
     @classmethod
     def of(cls, weight: Tensor, kept: Tensor, **rest: Any) -> Solution:
@@ -78,12 +81,23 @@ class WeightMethod(Method):
     """Base of the methods that set single weights to zero.
 
     Most methods are one `score`. Those that also move the remaining weights override `prune`.
+
+    Class variables:
+        default_pattern: what `unstructured` means.
+        leaves_zeros: whether a weight is zero where `Solution.kept` is False; not where a sparse core is
+            multiplied with something dense.
     """
 
     family: ClassVar[str] = "weights"
     removes: ClassVar[str] = "single weights"
     effect: ClassVar[str] = "unstructured zeros in a dense file: not smaller and not faster by themselves"
     default_pattern: ClassVar[Pattern] = Pattern("row")
+    leaves_zeros: ClassVar[bool] = True
+
+    @property
+    def stores_factors(self) -> bool:
+        """Whether `Solution.factored` is to be stored in place of the weight."""
+        return False
 
     def score(self, problem: Problem) -> Tensor:
         """(out, in) importance of each weight; the smallest go."""

@@ -93,16 +93,17 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
     before, nbytes = opened.checkpoint.parameters, opened.checkpoint.dense_nbytes
     if isinstance(method, WeightMethod):
+        stored = "armor" if method.stores_factors else recipe.format
         return {
             "sparsity": sparsity,
             "parameters_prunable": anatomy.prunable_parameters,
-            "zeros_after": int(anatomy.prunable_parameters * sparsity),
+            "zeros_after": int(anatomy.prunable_parameters * sparsity) if method.leaves_zeros else 0,
             "parameters_after": before,
             "bytes_after": _stored_bytes(opened, recipe),
-            "exact": recipe.format == "dense",
+            "exact": stored == "dense",
             "faster": False,
-            "effect": effect(recipe.pattern, sparsity, removes=method.removes, storage=recipe.format),
-            "loads_in": _loads_zeros(opened, recipe.format),
+            "effect": effect(recipe.pattern, sparsity, removes=method.removes, storage=stored),
+            "loads_in": _loads_zeros(opened, stored),
         }
     found = planned_sizes(opened, method, recipe)
     if found is None:

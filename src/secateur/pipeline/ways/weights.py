@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from secateur.anatomy.model import Matrix
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
+from secateur.checkpoint.packing import DENSE, Packed
+from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.writer import read_part
+from secateur.core.errors import RecipeError
+from secateur.core.factored import Factored
 from secateur.pipeline.blocks import gradients_for, prune_blocks
 from secateur.pipeline.budget import (
     budget_as_json,
@@ -22,6 +27,7 @@ from secateur.pipeline.matrices import Budget
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run, part_name
 from secateur.recipe import Recipe
+from secateur.storage.armor import packed
 from secateur.weights.allocation import ALLOCATIONS
 from secateur.weights.base import WeightMethod
 
@@ -29,8 +35,27 @@ __all__ = ["check_weights", "prune_weights", "weights_observe"]
 
 
 def check_weights(opened: Opened, method: WeightMethod, recipe: Recipe) -> None:
-    """Refuse a pattern that this model or method cannot have. Raises `RecipeError`."""
+    """Refuse a pattern that this model or method cannot have, and factors that could not be stored.
+
+    Raises `RecipeError`.
+    """
     check_pattern_fits(opened.anatomy, method, recipe.parsed_pattern)
+    if not method.leaves_zeros and recipe.format != DENSE:
+        raise RecipeError(
+            f"format {recipe.format!r} with method {method.id!r}, whose products have no zeros",
+            "a method that leaves zeros",
+            "leave out --format, or use -O store=factors in its place",
+        )
+    if not method.stores_factors:
+        return
+    for block in opened.anatomy.blocks:
+        for matrix in block.matrices:
+            if _own_tensor(opened, block.index, matrix) is None:
+                raise RecipeError(
+                    f"factors of {block.index}.{matrix.name}, which is not stored as a matrix of its own",
+                    "matrices stored one by one as (outputs, inputs)",
+                    "leave out -O store=factors: the product is written",
+                )
 
 
 def weights_observe(method: WeightMethod, recipe: Recipe) -> bool:
@@ -53,9 +78,9 @@ def prune_weights(run: Run, method: WeightMethod) -> Outcome:
         run.recipe.seed,
         run.progress,
         finished=done,
-        store=lambda block: _store(run, block),
+        store=lambda block, factored: _store(run, block, factored, budget),
     )
-    return Outcome.of_weights(layers, blocks)
+    return Outcome.of_weights(layers, blocks, leaves_zeros=method.leaves_zeros)
 
 
 def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | None]:
@@ -67,9 +92,27 @@ def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | Non
     return read
 
 
-def _store(run: Run, block: OpenBlock) -> Callable[[dict[str, Any]], None]:
+def _store(
+    run: Run, block: OpenBlock, factored: Mapping[str, Factored], budget: Budget
+) -> Callable[[dict[str, Any]], None]:
+    small: dict[str, Packed] = {}
+    for matrix in block.block.matrices:
+        name = _own_tensor(run.opened, block.index, matrix)
+        if matrix.name in factored and name is not None:
+            dtype = torch_dtype(run.opened.checkpoint.tensors[name].dtype)
+            small[name] = packed(factored[matrix.name], dtype, budget.pattern)
+            matrix.view(block.parameters).copy_(small[name].unpack())
     stored, _ = run.as_stored(block)
-    return lambda record: run.keep(block.index, stored, record)
+    return lambda record: run.keep(block.index, {**stored, **small}, record)
+
+
+def _own_tensor(opened: Opened, index: int, matrix: Matrix) -> str | None:
+    """The tensor on disk that is this very matrix; None where it is a part, several, or transposed."""
+    pieces = [
+        piece for piece in opened.layout.pieces(index, matrix.parameter) if piece.expert == matrix.expert
+    ]
+    whole = len(pieces) == 1 and tuple(pieces[0].shape) == matrix.shape and not matrix.transposed
+    return pieces[0].name if whole else None
 
 
 def _budget(run: Run, method: WeightMethod, dense: Driver, gradients: GradientStore | None) -> Budget:
