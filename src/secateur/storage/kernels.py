@@ -1,0 +1,71 @@
+"""Formats whose weights are multiplied as they lie in memory, by the compiled kernel of `runtime`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from secateur.runtime.build import library
+from secateur.runtime.kernel import Layout, Matrix, linear
+from secateur.storage.bitmask import row_offsets
+from secateur.storage.packed_linear import KERNELS, PackedLinear, unpack_and_multiply
+
+__all__ = ["compiled", "matrix_of"]
+
+STORED = (torch.bfloat16, torch.float16)
+
+
+def compiled(packed: PackedLinear, inputs: Tensor) -> Tensor:
+    """What an `nn.Linear` with these weights computes, up to the order of float32 sums.
+
+    The kernel computes with the weights of the file: where a dense model would round them once more, on other
+    devices, for gradients and under transformations of torch the weight is unpacked.
+    """
+    if not _applies(packed, inputs):
+        return unpack_and_multiply(packed, inputs)
+    kernel, matrix = library(), matrix_of(packed)
+    if kernel is None or matrix is None:
+        return unpack_and_multiply(packed, inputs)
+    return linear(kernel, matrix, inputs, packed.bias)
+
+
+def matrix_of(packed: PackedLinear) -> Matrix | None:
+    """The weight as the kernel takes it; None for a pattern or dtype that it does not know.
+
+    Kept with the module until its parts are others (after a move to another device and back).
+    """
+    parts = packed.parts
+    known = packed.prepared
+    if isinstance(known, Matrix) and known.values is parts["values"]:
+        return known
+    packed.prepared = _matrix(packed, parts)
+    return packed.prepared
+
+
+def _matrix(packed: PackedLinear, parts: dict[str, Tensor]) -> Matrix | None:
+    shape, values = (packed.out_features, packed.in_features), parts["values"]
+    if packed.stored not in STORED:
+        return None
+    if packed.format == "bitmask":
+        mask = parts["mask"]
+        return Matrix(shape, Layout.BITMASK, mask.contiguous(), values, row_offsets(mask))
+    if values.shape[1:] != (shape[1] // 4, 2) or shape[1] % 8:  # 2:4, rows of whole bytes
+        return None
+    offsets = torch.arange(shape[0] + 1, dtype=torch.int64) * (shape[1] // 2)
+    return Matrix(shape, Layout.TWO_OF_FOUR, parts["indices"].contiguous(), values, offsets)
+
+
+def _applies(packed: PackedLinear, inputs: Tensor) -> bool:
+    parameters = (inputs, packed.bias) if packed.bias is not None else (inputs,)
+    exact = inputs.dtype == packed.weight.dtype and inputs.dtype in (torch.float32, packed.stored)
+    return (
+        exact
+        and inputs.device.type == packed.weight.device.type == "cpu"
+        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters))
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and type(inputs) in (Tensor, nn.Parameter)
+    )
+
+
+KERNELS.update({"bitmask": compiled, "nm": compiled})
