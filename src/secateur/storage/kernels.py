@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from secateur.runtime.build import library
-from secateur.runtime.kernel import Layout, Matrix, linear
+from secateur.runtime.build import library, why_missing
+from secateur.runtime.kernel import Layout, Matrix, Path, linear
 from secateur.storage.bitmask import row_offsets
 from secateur.storage.packed_linear import KERNELS, PackedLinear, unpack_and_multiply
 
-__all__ = ["compiled", "matrix_of"]
+__all__ = ["KERNELS", "compiled", "kernel_of", "matrix_of", "weight_bytes"]
 
 STORED = (torch.bfloat16, torch.float16)
 
@@ -38,8 +38,25 @@ def matrix_of(packed: PackedLinear) -> Matrix | None:
     known = packed.prepared
     if isinstance(known, Matrix) and known.values is parts["values"]:
         return known
-    packed.prepared = _matrix(packed, parts)
-    return packed.prepared
+    matrix = packed.prepared = _matrix(packed, parts)
+    return matrix
+
+
+def kernel_of(model: nn.Module) -> str | None:
+    """What computes from the packed weights of a model, in a few words; None where it has none."""
+    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+        return None
+    kernel = library()
+    if kernel is None:
+        return f"none, packed weights are unpacked for every product: {why_missing()}"
+    names = {Path.PORTABLE: "compiled, without AVX2", Path.AVX2: "compiled, AVX2"}
+    return names[Path(kernel.secateur_path())]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of the parameters and buffers of a model, packed or not; shared ones count once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}.values())
 
 
 def _matrix(packed: PackedLinear, parts: dict[str, Tensor]) -> Matrix | None:
