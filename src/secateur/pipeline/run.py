@@ -192,8 +192,8 @@ def bench(
     """Prefill and decode speed apart, batch 1 and 8, median and spread; with `against` measured in turn.
 
     Args:
-        packed: keep weights packed in memory that are so in the files; by default on a CPU where a kernel computes
-            from them. `kernel` in the result says what did, None where all weights are dense.
+        packed: keep weights packed in memory that are so in the files; by default on a CPU where a kernel
+            computes from them. `kernel` in the result says what did, None where all weights are dense.
 
     Raises:
         InputError: a model that cannot be loaded.

@@ -1,8 +1,8 @@
 """Compile `kernel.cpp` once a user, keep it, and load it.
 
-The kernel is plain C++ without headers of torch or Python: it compiles in seconds, needs no ninja, and serves every
-version of both. It is linked without an OpenMP of its own and finds that of torch in the process, so that both
-share one pool of threads. Which instructions it uses is decided when it runs.
+The kernel is plain C++ without headers of torch or Python: it compiles in seconds, needs no ninja, and serves
+every version of both. It is linked without an OpenMP of its own and finds that of torch in the process, so
+that both share one pool of threads. Which instructions it uses is decided when it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from secateur.core.errors import SecateurError
 
-__all__ = ["NoKernel", "cache_folder", "library", "why_missing"]
+__all__ = ["NoKernelError", "cache_folder", "kept_file", "library", "why_missing"]
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 COMPILE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
@@ -37,28 +37,28 @@ _ARGUMENTS = {
 }
 
 
-class NoKernel(SecateurError):
+class NoKernelError(SecateurError):
     """Why there is no compiled kernel; everything works without, more slowly."""
 
 
 @functools.cache
-def _loaded() -> ctypes.CDLL | NoKernel:
+def _loaded() -> ctypes.CDLL | NoKernelError:
     try:
         return _open_or_build()
-    except NoKernel as reason:
+    except NoKernelError as reason:
         return reason
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, built if this user has none; None where it cannot be. Tried once a process."""
     loaded = _loaded()
-    return None if isinstance(loaded, NoKernel) else loaded
+    return None if isinstance(loaded, NoKernelError) else loaded
 
 
 def why_missing() -> str | None:
     """Why `library` gives None, or None."""
     loaded = _loaded()
-    return str(loaded) if isinstance(loaded, NoKernel) else None
+    return str(loaded) if isinstance(loaded, NoKernelError) else None
 
 
 def cache_folder() -> Path:
@@ -66,12 +66,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
 
 
-def _open_or_build() -> ctypes.CDLL:
-    if sys.platform != "linux":
-        raise NoKernel(f"packed weights are computed with on Linux only, not on {sys.platform}")
+def kept_file() -> Path:
+    """Where the kernel of this source is kept, built or not."""
     key = hashlib.sha256(SOURCE.read_bytes())
     key.update(" ".join((*COMPILE, platform.machine())).encode())
-    kept = cache_folder() / f"kernel-{key.hexdigest()[:16]}.so"
+    return cache_folder() / f"kernel-{key.hexdigest()[:16]}.so"
+
+
+def _open_or_build() -> ctypes.CDLL:
+    if sys.platform != "linux":
+        raise NoKernelError(f"packed weights are computed with on Linux only, not on {sys.platform}")
+    kept = kept_file()
     if kept.is_file():
         try:
             return _open(kept)
@@ -81,10 +86,10 @@ def _open_or_build() -> ctypes.CDLL:
 
 
 def _build(kept: Path) -> ctypes.CDLL:
-    """Compile in a folder of its own and move the result: who builds at the same time, or is killed, harms nobody."""
+    """Compile in a folder of its own and move the result: killed or done twice at a time, it harms nobody."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
     if compiler is None:
-        raise NoKernel("no C++ compiler (g++, or name one in CXX)")
+        raise NoKernelError("no C++ compiler (g++, or name one in CXX)")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix="build-") as scratch:
@@ -96,17 +101,19 @@ def _build(kept: Path) -> ctypes.CDLL:
             os.replace(made, kept)
             return opened
     except OSError as error:
-        raise NoKernel(f"the compiled kernel cannot be kept in {kept.parent} or loaded: {error}") from error
+        raise NoKernelError(
+            f"the compiled kernel cannot be kept in {kept.parent} or loaded: {error}"
+        ) from error
 
 
 def _run(*command: str) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise NoKernel(f"{command[0]} took more than {SECONDS} seconds") from error
+        raise NoKernelError(f"{command[0]} took more than {SECONDS} seconds") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise NoKernel(f"{command[0]} fails: {lines[0]}")
+        raise NoKernelError(f"{command[0]} fails: {lines[0]}")
 
 
 def _open(file: Path) -> ctypes.CDLL:

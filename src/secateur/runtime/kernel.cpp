@@ -18,7 +18,7 @@
 namespace {
 
 enum Layout { BITMASK = 0, TWO_OF_FOUR = 1 };
-enum Path { PORTABLE = 0, VECTOR = 1 };
+enum Path { BEST = -1, PORTABLE = 0, VECTOR = 1 };
 constexpr int64_t STEP = 16;    // columns a step of the vector path: two codes
 constexpr int64_t BLOCK = 32;   // rows a task
 constexpr int BATCH = 8;        // rows of x that share a decompression
@@ -114,6 +114,7 @@ struct Inputs {
 
 // y[m * rows + row] for the rows of a range.
 void multiply_portable(const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* y) {
+    if (first == last) return;
     std::vector<uint16_t> packed(w.width * 8);
     std::vector<float> row_of_w(w.width * 8);
     for (int64_t row = first; row < last; ++row) {
@@ -244,6 +245,15 @@ Multiply vector_for(int batch) {
 }
 #endif
 
+int best_path() {
+#ifdef HAS_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("popcnt"))
+        return VECTOR;
+#endif
+    return PORTABLE;
+}
+
 Multiply multiply_for(const Matrix& w, int batch, int path) {
 #ifdef HAS_AVX2
     if (path == VECTOR && w.layout == BITMASK)
@@ -275,14 +285,10 @@ void for_blocks(int64_t first, int64_t last, int threads, Task task) {
 
 extern "C" {
 
-// The best path of this processor.
+// What BEST stands for on this processor.
 int secateur_path() {
-#ifdef HAS_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-        __builtin_cpu_supports("popcnt"))
-        return VECTOR;
-#endif
-    return PORTABLE;
+    static const int best = best_path();
+    return best;
 }
 
 // y (batch, rows) = x (batch, columns) W^T, all float32 and contiguous.
@@ -290,6 +296,7 @@ void secateur_multiply(int64_t rows, int64_t columns, const uint8_t* codes, cons
                        const int64_t* offsets, int layout, int half, const float* x, int64_t batch, float* y,
                        int threads, int path) {
     const Matrix w{rows, columns, (columns + 7) / 8, codes, values, offsets, Layout(layout), half != 0};
+    if (path == BEST) path = secateur_path();
     const int64_t stride = (columns + STEP - 1) / STEP * STEP;
     std::vector<float> plain(std::min<int64_t>(batch, BATCH) * stride), ordered(half ? 0 : plain.size());
     for (int64_t start = 0; start < batch; start += BATCH) {
@@ -311,7 +318,7 @@ void secateur_unpack(int64_t rows, int64_t columns, const uint8_t* codes, const 
                      const int64_t* offsets, int layout, int64_t first, int64_t last, uint16_t* out, int threads,
                      int path) {
     const Matrix w{rows, columns, (columns + 7) / 8, codes, values, offsets, Layout(layout), false};
-    const Unpack unpack = unpack_for(w, path);
+    const Unpack unpack = unpack_for(w, path == BEST ? secateur_path() : path);
     for_blocks(first, last, threads,
                [&](int64_t from, int64_t to) { unpack(w, from, to, out + (from - first) * columns); });
 }

@@ -28,8 +28,9 @@ class Layout(IntEnum):
 
 
 class Path(IntEnum):
-    """Which instructions are used."""
+    """Which instructions are used; `BEST` is what this processor has."""
 
+    BEST = -1
     PORTABLE = 0
     AVX2 = 1
 
@@ -60,11 +61,11 @@ class Matrix:
 def linear(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
     """What an `nn.Linear` with this weight computes: (..., columns) -> (..., rows), in the dtype of `inputs`.
 
-    Few rows are computed from the packed weight, which is read once for every 8 of them, with float32 sums that
-    are rounded once. For more the weight is unpacked tile by tile and the products are those of torch.
+    Few rows are computed from the packed weight, which is read once for every 8 of them, with float32 sums
+    that are rounded once. For more the weight is unpacked tile by tile and the products are those of torch.
     """
     flat = inputs.reshape(-1, matrix.shape[1])
-    if len(flat) <= MOST_ROWS:
+    if flat.shape[0] <= MOST_ROWS:
         sums = multiply(kernel, matrix, flat)
         outputs = (sums if bias is None else sums.add_(bias)).to(inputs.dtype)
     else:
@@ -76,18 +77,18 @@ def linear(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | N
     return outputs.view(*inputs.shape[:-1], matrix.shape[0])
 
 
-def multiply(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, path: Path | None = None) -> Tensor:
+def multiply(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, path: Path = Path.BEST) -> Tensor:
     """(batch, columns) of any floating dtype -> (batch, rows) float32, with float32 sums."""
-    x = inputs.float().contiguous()
-    outputs = torch.empty((len(x), matrix.shape[0]))
-    half = matrix.values.dtype == torch.float16
+    x = inputs.to(torch.float32).contiguous()
+    batch, half = x.shape[0], matrix.values.dtype == torch.float16
+    outputs = x.new_empty((batch, matrix.shape[0]))
     kernel.secateur_multiply(
-        *matrix.arguments(), half, x.data_ptr(), len(x), outputs.data_ptr(), _threads(matrix), _path(kernel, path)
+        *matrix.arguments(), half, x.data_ptr(), batch, outputs.data_ptr(), _threads(matrix), path
     )
     return outputs
 
 
-def tiles(kernel: ctypes.CDLL, matrix: Matrix, path: Path | None = None) -> Iterator[tuple[int, Tensor]]:
+def tiles(kernel: ctypes.CDLL, matrix: Matrix, path: Path = Path.BEST) -> Iterator[tuple[int, Tensor]]:
     """The matrix as it was before packing, some rows at a time: the first of them, and (some, columns).
 
     All tiles are the same memory: use one before asking for the next.
@@ -97,15 +98,9 @@ def tiles(kernel: ctypes.CDLL, matrix: Matrix, path: Path | None = None) -> Iter
     tile = matrix.values.new_empty((some, columns))
     for first in range(0, rows, some):
         last = min(first + some, rows)
-        kernel.secateur_unpack(
-            *matrix.arguments(), first, last, tile.data_ptr(), _threads(matrix), _path(kernel, path)
-        )
+        kernel.secateur_unpack(*matrix.arguments(), first, last, tile.data_ptr(), _threads(matrix), path)
         yield first, tile[: last - first]
 
 
 def _threads(matrix: Matrix) -> int:
     return torch.get_num_threads() if matrix.shape[0] * matrix.shape[1] >= ALONE else 1
-
-
-def _path(kernel: ctypes.CDLL, path: Path | None) -> int:
-    return int(kernel.secateur_path() if path is None else path)

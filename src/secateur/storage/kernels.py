@@ -34,11 +34,10 @@ def matrix_of(packed: PackedLinear) -> Matrix | None:
 
     Kept with the module until its parts are others (after a move to another device and back).
     """
-    parts = packed.parts
     known = packed.prepared
-    if isinstance(known, Matrix) and known.values is parts["values"]:
+    if isinstance(known, Matrix) and known.values is packed.packed_values:
         return known
-    matrix = packed.prepared = _matrix(packed, parts)
+    matrix = packed.prepared = _matrix(packed, packed.parts)
     return matrix
 
 
@@ -73,16 +72,21 @@ def _matrix(packed: PackedLinear, parts: dict[str, Tensor]) -> Matrix | None:
 
 
 def _applies(packed: PackedLinear, inputs: Tensor) -> bool:
-    parameters = (inputs, packed.bias) if packed.bias is not None else (inputs,)
-    exact = inputs.dtype == packed.weight.dtype and inputs.dtype in (torch.float32, packed.stored)
+    weight, dtype = packed.weight, inputs.dtype
     return (
-        exact
-        and inputs.device.type == packed.weight.device.type == "cpu"
-        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters))
+        weight.is_cpu
+        and inputs.is_cpu
+        and dtype == weight.dtype
+        and (dtype == torch.float32 or dtype == packed.stored)
+        and not (torch.is_grad_enabled() and _needs_gradients(packed, inputs))
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and type(inputs) in (Tensor, nn.Parameter)
     )
+
+
+def _needs_gradients(packed: PackedLinear, inputs: Tensor) -> bool:
+    return inputs.requires_grad or (packed.bias is not None and packed.bias.requires_grad)
 
 
 KERNELS.update({"bitmask": compiled, "nm": compiled})
