@@ -3,8 +3,8 @@
     python benchmarks/kernel.py --repeats 15 --out docs/evidence/kernel.md
 
 Every cell is measured in turn with the dense bfloat16 and float32 `linear` of the same weights. The limit is
-what fewer bytes alone could give: dense bytes over packed bytes. Torch may be slower than memory, as it is with
-several rows on a CPU without bfloat16 units: then more than the limit is reached.
+what fewer bytes alone could give: dense bytes over packed bytes. Where torch is slower than memory, as with
+several rows on a CPU without bfloat16 units, more than the limit is reached.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def main() -> None:
             for row in measured(model, shape, kind, tuple(arguments.rows), arguments.repeats)
         ]
     notes = (
-        f"Medians of {arguments.repeats} calls in turn, {torch.get_num_threads()} threads. Packed: bfloat16 in "
-        f"and out, {kernel_of(layer)}. The limit is the bytes of the dense weight over those of the packed one."
+        f"Medians of {arguments.repeats} calls in turn, {torch.get_num_threads()} threads. Packed: bfloat16 "
+        f"in and out, {kernel_of(layer)}. The limit: bytes of the dense weight over those of the packed one."
     )
     write_table("Packed weights against dense ones", HEADS, rows, notes=notes, out=arguments.out)
 
