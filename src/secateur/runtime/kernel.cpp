@@ -27,8 +27,8 @@ constexpr int NOTHING = 256;    // a code of 8 zeros that no file holds
 
 // For each code where each of 8 columns finds its value among the next ones, and how many those are.
 struct Table {
-    int8_t source[NOTHING + 1][8];
     alignas(16) int8_t shuffle[NOTHING + 1][16];
+    int8_t source[NOTHING + 1][8];
     uint8_t count[NOTHING + 1];
 
     explicit Table(Layout layout) {
@@ -174,36 +174,42 @@ AVX2 inline float sum_of(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
+// 16 columns of ROWS rows of W times those of M rows of x.
+template <Layout L, bool HALF, int M, int ROWS>
+AVX2 inline void add_step(const Matrix& w, const uint8_t* codes, bool alone, const uint16_t** next, const float* x,
+                          int64_t stride, __m256 (*sum)[M]) {
+    for (int k = 0; k < ROWS; ++k) {
+        const uint8_t* code = codes + k * w.width;
+        const __m256i packed = expand<L>(code[0], alone ? NOTHING : code[1], next[k]);
+        const __m256 a = first_half<HALF>(packed), b = second_half<HALF>(packed);
+        for (int m = 0; m < M; ++m) {
+            sum[k][m] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + m * stride), sum[k][m]);
+            sum[k][m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(x + m * stride + 8), sum[k][m]);
+        }
+    }
+}
+
 // ROWS rows of W side by side: their streams do not wait for each other, and they share what is read of x.
 template <Layout L, bool HALF, int M, int ROWS>
 AVX2 void dot_rows(const Matrix& w, int64_t row, const Inputs& x, float* y) {
-    const uint8_t* code[ROWS];
     const uint16_t* next[ROWS];
     __m256 sum[ROWS][M];
     for (int k = 0; k < ROWS; ++k) {
-        code[k] = w.code(row + k);
         next[k] = w.value(row + k);
         for (int m = 0; m < M; ++m) sum[k][m] = _mm256_setzero_ps();
     }
-    for (int64_t at = 0; at < w.width; at += 2) {
-        const bool pair = at + 1 < w.width;
-        const float* here = x.ordered + at * 8;
-        for (int k = 0; k < ROWS; ++k) {
-            const __m256i packed = expand<L>(code[k][at], pair ? code[k][at + 1] : NOTHING, next[k]);
-            const __m256 a = first_half<HALF>(packed), b = second_half<HALF>(packed);
-            for (int m = 0; m < M; ++m) {
-                sum[k][m] = _mm256_fmadd_ps(a, _mm256_loadu_ps(here + m * x.stride), sum[k][m]);
-                sum[k][m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(here + m * x.stride + 8), sum[k][m]);
-            }
-        }
-    }
+    const uint8_t* codes = w.code(row);
+    int64_t at = 0;
+    for (; at + 1 < w.width; at += 2)
+        add_step<L, HALF, M, ROWS>(w, codes + at, false, next, x.ordered + at * 8, x.stride, sum);
+    if (at < w.width) add_step<L, HALF, M, ROWS>(w, codes + at, true, next, x.ordered + at * 8, x.stride, sum);
     for (int k = 0; k < ROWS; ++k)
         for (int m = 0; m < M; ++m) y[m * w.rows + row + k] = sum_of(sum[k][m]);
 }
 
 template <Layout L, bool HALF, int M>
 AVX2 void multiply_vector(const Matrix& w, int64_t row, int64_t last, const Inputs& x, float* y) {
-    constexpr int ROWS = M <= 2 ? 4 : M <= 4 ? 2 : 1;  // as many sums as registers hold
+    constexpr int ROWS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // as many sums as registers hold
     for (; row + ROWS <= last && w.reads_within(row + ROWS - 1); row += ROWS) dot_rows<L, HALF, M, ROWS>(w, row, x, y);
     for (; row < last && w.reads_within(row); ++row) dot_rows<L, HALF, M, 1>(w, row, x, y);
     multiply_portable(w, row, last, x, y);
