@@ -19,6 +19,10 @@ def bench(
     prompt_tokens: Annotated[int, Parameter(help="tokens of the prompt")] = 128,
     new_tokens: Annotated[int, Parameter(help="tokens to decode")] = 32,
     repeats: Annotated[int, Parameter(help="counted repeats")] = 5,
+    packed: Annotated[
+        bool | None,
+        Parameter(help="keep packed weights packed in memory; by default where a kernel computes from them"),
+    ] = None,
     device: Device = "auto",
     dtype: DTypeName = "auto",
     json: AsJson = False,
@@ -29,7 +33,7 @@ def bench(
 
     result = secateur.bench(
         model, against=against, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats,
-        device=device, dtype=dtype, progress=progress_for(json),  # type: ignore[arg-type]
+        device=device, dtype=dtype, packed=packed, progress=progress_for(json),  # type: ignore[arg-type]
     )  # fmt: skip
     if json:
         print_json(result)

@@ -186,7 +186,11 @@ def benched(result: Mapping[str, Any]) -> list[Any]:
     notes = (
         f"{result['dtype']}, peak memory {size(result['peak_memory_bytes'])}, median of {result['repeats']}"
     )
-    return [table, f"[dim]{notes}[/dim]"]
+    weights = f"weights in memory {size(result['weight_bytes'])}"
+    if "weight_bytes_against" in result:
+        weights += f", against {size(result['weight_bytes_against'])}"
+    lines = [notes, weights, *([f"kernel: {result['kernel']}"] if result["kernel"] else [])]
+    return [table, *(f"[dim]{line}[/dim]" for line in lines)]
 
 
 def compared(rows: list[dict[str, Any]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,15 +93,24 @@ class Opened:
         """Use the embeddings, norm and head that `other` has in memory: those of the two are equal."""
         self._first_sources = other._first_sources
 
-    def load(self, dtype: torch.dtype, device: torch.device, *, spread: bool = False) -> PreTrainedModel:
-        """The whole model in memory, through the stock loader; with `spread` accelerate places its blocks on
-        all GPUs."""
+    def load(
+        self, dtype: torch.dtype, device: torch.device, *, spread: bool = False, packed: bool = False
+    ) -> PreTrainedModel:
+        """The whole model in memory, through the stock loader.
+
+        Args:
+            spread: accelerate places its blocks on all GPUs.
+            packed: linear layers keep weights packed that are so in the files.
+        """
+        config = copy.deepcopy(self.config)
+        if packed and self.checkpoint.formats:
+            config.quantization_config["mode"] = "packed"
         with _no_bars():
             if spread:
                 return AutoModelForCausalLM.from_pretrained(
-                    self.folder, dtype=dtype, device_map="auto"
+                    self.folder, config=config, dtype=dtype, device_map="auto"
                 ).eval()
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(self.folder, config=config, dtype=dtype)
         return model.to(device).eval()
 
     @property

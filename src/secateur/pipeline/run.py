@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from secateur.core.errors import OutputError, SecateurError
@@ -16,13 +17,14 @@ from secateur.evaluation.speed import compare_speed, measure_speed
 from secateur.evaluation.tasks import run_tasks
 from secateur.pipeline.data import load_windows_for
 from secateur.pipeline.mending.recover import recover_checkpoint
-from secateur.pipeline.opened import choose_device, choose_dtype, open_model
+from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.prune import prune_checkpoint
 from secateur.pipeline.prune_memory import prune_model
 from secateur.recipe import Calibration, Recipe, RecoveryRecipe, parse
 from secateur.report.compare import compare as draw
 from secateur.report.files import write_text
 from secateur.report.model import Report
+from secateur.storage.kernels import KERNELS, kernel_of, weight_bytes
 
 __all__ = ["bench", "compare", "evaluate", "prune", "recover"]
 
@@ -184,9 +186,14 @@ def bench(
     repeats: int = 5,
     device: str = "auto",
     dtype: str = "auto",
+    packed: bool | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Prefill and decode speed apart, batch 1 and 8, median and spread; with `against` measured in turn.
+
+    Args:
+        packed: keep weights packed in memory that are so in the files; by default on a CPU where a kernel
+            computes from them. `kernel` in the result says what did, None where all weights are dense.
 
     Raises:
         InputError: a model that cannot be loaded.
@@ -194,10 +201,12 @@ def bench(
     chosen = choose_device(device)
     opened = open_model(model)
     precision = choose_dtype(dtype, chosen, opened.stored_dtype)
-    loaded = opened.load(precision, chosen)
+    loaded = opened.load(precision, chosen, packed=_keeps_packed(opened, packed, chosen))
     result: dict[str, Any] = {
         "model": str(model),
         "bytes": opened.checkpoint.nbytes,
+        "weight_bytes": weight_bytes(loaded),
+        "kernel": kernel_of(loaded),
         "machine": machine_facts(),
         "dtype": str(precision).removeprefix("torch."),
         "repeats": repeats,
@@ -208,17 +217,28 @@ def bench(
         ).as_dict()
     else:
         other = open_model(against)
+        rival = other.load(precision, chosen, packed=_keeps_packed(other, packed, chosen))
         both = compare_speed(
             loaded,
-            other.load(precision, chosen),
+            rival,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             repeats=repeats,
             progress=progress,
         )
-        result |= {"against": str(against), "bytes_against": other.checkpoint.nbytes, **both.as_dict()}
+        result |= {
+            "against": str(against), "bytes_against": other.checkpoint.nbytes,
+            "weight_bytes_against": weight_bytes(rival), "kernel": result["kernel"] or kernel_of(rival),
+            **both.as_dict(),
+        }  # fmt: skip
     result["peak_memory_bytes"] = peak_memory_bytes()
     return result
+
+
+def _keeps_packed(opened: Opened, asked: bool | None, device: torch.device) -> bool:
+    if asked is None:
+        return device.type == "cpu" and not KERNELS.keys().isdisjoint(opened.checkpoint.formats.values())
+    return asked
 
 
 def compare(runs: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:

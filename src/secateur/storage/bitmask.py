@@ -34,8 +34,8 @@ from secateur.storage.formats import FORMATS, Format, refused
 
 __all__ = ["Bitmask", "row_offsets"]
 
-COUNTS = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
-"""Set bits of each byte."""
+COUNTS = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8, device="cpu")
+"""Set bits of each byte. On the CPU even if imported while transformers builds a model on no device."""
 
 
 @FORMATS.register("bitmask")

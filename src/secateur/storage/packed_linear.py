@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class PackedLinear(nn.Module):
         format: id of the format of the weight.
         weight: a stand-in of shape (outputs, inputs, 0), which states dtype and device where code asks.
         bias: of the linear layer, or None.
+        stored: the dtype of the file.
+        prepared: what a kernel keeps beside the parts.
 
     Args:
         packed: the weight, (outputs, inputs).
@@ -31,7 +34,8 @@ class PackedLinear(nn.Module):
     def __init__(self, packed: Packed, like: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        self.format, self._parts, self._stored = packed.format, tuple(packed.parts), packed.dtype
+        self.format, self._parts, self.stored = packed.format, tuple(packed.parts), packed.dtype
+        self.prepared: Any = None
         self.weight = nn.Parameter(like.new_empty((*packed.shape, 0)), requires_grad=False)
         self.register_parameter("bias", bias)
         for name, part in packed.parts.items():
@@ -40,7 +44,7 @@ class PackedLinear(nn.Module):
     @property
     def parts(self) -> dict[str, Tensor]:
         """The parts of the weight by name."""
-        return {name: getattr(self, f"packed_{name}") for name in self._parts}
+        return {name: self.get_buffer(f"packed_{name}") for name in self._parts}
 
     @property
     def packed_bytes(self) -> int:
@@ -50,7 +54,7 @@ class PackedLinear(nn.Module):
     def unpacked(self) -> Tensor:
         """The weight, (outputs, inputs), computed anew; in the dtype of the file first, as a dense one is."""
         shape = (self.out_features, self.in_features)
-        weight = FORMATS.get(self.format).unpack(self.parts, shape, self._stored)
+        weight = FORMATS.get(self.format).unpack(self.parts, shape, self.stored)
         return weight.to(self.weight.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -72,4 +76,5 @@ def unpack_and_multiply(linear: PackedLinear, inputs: Tensor) -> Tensor:
 
 
 KERNELS: dict[str, Kernel] = {}
-"""By format: what computes from the packed weight directly. Where there is none, `unpack_and_multiply`."""
+"""By format: what computes from the packed weight directly (`storage.kernels` has those that are built in).
+Where there is none, `unpack_and_multiply`."""

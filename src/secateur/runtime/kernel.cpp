@@ -1,0 +1,331 @@
+// y = x W^T and tiles of W from packed weights (docs/compressed-files.md), bfloat16 or float16.
+//
+// A row of W is a string of codes, one byte for 8 columns, and its stored values in order. For `bitmask` a code
+// is 8 bits of the mask; for 2:4 (`nm`) it is the places of 2 x 2 values. Either way a table says where the next
+// values of a code go, so 8 columns are one byte shuffle, and both formats share all that follows.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define HAS_AVX2 1
+#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
+#endif
+
+namespace {
+
+enum Layout { BITMASK = 0, TWO_OF_FOUR = 1 };
+enum Path { BEST = -1, PORTABLE = 0, VECTOR = 1 };
+constexpr int64_t STEP = 16;    // columns a step of the vector path: two codes
+constexpr int64_t BLOCK = 32;   // rows a task
+constexpr int BATCH = 8;        // rows of x that share a decompression
+constexpr int8_t NONE = -1;     // of a shuffle: writes zero
+constexpr int NOTHING = 256;    // a code of 8 zeros that no file holds
+
+// For each code where each of 8 columns finds its value among the next ones, and how many those are.
+struct Table {
+    alignas(16) int8_t shuffle[NOTHING + 1][16];
+    int8_t source[NOTHING + 1][8];
+    uint8_t count[NOTHING + 1];
+
+    explicit Table(Layout layout) {
+        for (int code = 0; code <= NOTHING; ++code) {
+            int8_t* row = source[code];
+            std::fill(row, row + 8, NONE);
+            count[code] = 0;
+            if (layout == BITMASK) {
+                for (int column = 0; column < 8; ++column)
+                    if (code >> column & 1) row[column] = static_cast<int8_t>(count[code]++);
+            } else if (code != NOTHING) {
+                for (; count[code] < 4; ++count[code])
+                    row[count[code] / 2 * 4 + (code >> 2 * count[code] & 3)] = static_cast<int8_t>(count[code]);
+            }
+            for (int byte = 0; byte < 16; ++byte) {
+                int8_t from = row[byte / 2];
+                shuffle[code][byte] = from == NONE ? NONE : static_cast<int8_t>(2 * from + byte % 2);
+            }
+        }
+    }
+};
+
+const Table TABLES[2] = {Table(BITMASK), Table(TWO_OF_FOUR)};
+
+// One packed matrix. Row r has the codes codes[r * width ...] and the values values[offsets[r] ...].
+struct Matrix {
+    int64_t rows, columns, width;
+    const uint8_t* codes;
+    const uint16_t* values;
+    const int64_t* offsets;  // rows + 1
+    Layout layout;
+    bool half;  // float16, else bfloat16
+
+    const uint8_t* code(int64_t row) const { return codes + row * width; }
+    const uint16_t* value(int64_t row) const { return values + offsets[row]; }
+    // Quick code reads 8 values at a time, of which not all are the row's: not in rows near the end of `values`.
+    bool reads_within(int64_t row) const { return offsets[row + 1] + 8 <= offsets[rows]; }
+};
+
+float widened(uint16_t bits, bool half) {
+    uint32_t wide;
+    if (half) {
+        const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
+        if (exponent == 0) {
+            const float small = static_cast<float>(fraction) * 0x1p-24f;
+            return bits >> 15 ? -small : small;
+        }
+        wide = uint32_t(bits >> 15) << 31 | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    } else {
+        wide = uint32_t(bits) << 16;
+    }
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// ---- portable ----
+
+// Writes a row of W, rounded up to whole codes.
+void expand_row(const Matrix& w, int64_t row, uint16_t* out) {
+    const Table& table = TABLES[w.layout];
+    const uint16_t* next = w.value(row);
+    const bool free_of_branches = w.reads_within(row);
+    for (int64_t at = 0; at < w.width; ++at, out += 8) {
+        const uint8_t code = w.code(row)[at];
+        const int8_t* source = table.source[code];
+        if (free_of_branches)
+            for (int column = 0; column < 8; ++column)
+                out[column] = next[source[column] & 7] & static_cast<uint16_t>(~(source[column] >> 7));
+        else
+            for (int column = 0; column < 8; ++column) out[column] = source[column] == NONE ? 0 : next[source[column]];
+        next += table.count[code];
+    }
+}
+
+// What the batch of x is for both paths: rows of `stride` floats, with zeros behind the last column.
+struct Inputs {
+    const float* plain;    // in the order of columns
+    const float* ordered;  // bfloat16: of every 16 the even ones first; float16: the same
+    int64_t stride;
+    int batch;
+};
+
+// y[m * rows + row] for the rows of a range.
+void multiply_portable(const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* y) {
+    if (first == last) return;
+    std::vector<uint16_t> packed(w.width * 8);
+    std::vector<float> row_of_w(w.width * 8);
+    for (int64_t row = first; row < last; ++row) {
+        expand_row(w, row, packed.data());
+        for (size_t column = 0; column < packed.size(); ++column)
+            row_of_w[column] = widened(packed[column], w.half);
+        for (int m = 0; m < x.batch; ++m) {
+            const float* row_of_x = x.plain + m * x.stride;
+            float sum[8] = {};  // apart, so that a compiler may use vectors
+            for (int64_t column = 0; column < w.width * 8; column += 8)
+                for (int lane = 0; lane < 8; ++lane) sum[lane] += row_of_w[column + lane] * row_of_x[column + lane];
+            y[m * w.rows + row] = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+        }
+    }
+}
+
+// Rows [first, last) of W, `columns` apart.
+void unpack_portable(const Matrix& w, int64_t first, int64_t last, uint16_t* out) {
+    std::vector<uint16_t> packed(w.width * 8);
+    for (int64_t row = first; row < last; ++row, out += w.columns) {
+        expand_row(w, row, packed.data());
+        std::copy_n(packed.data(), w.columns, out);
+    }
+}
+
+// ---- AVX2 ----
+#ifdef HAS_AVX2
+
+// The next 16 columns in the dtype of the file; `next` moves on.
+template <Layout L>
+AVX2 inline __m256i expand(uint32_t low, uint32_t high, const uint16_t*& next) {
+    const Table& table = TABLES[L];
+    const uint16_t* second = next + (L == BITMASK ? _mm_popcnt_u32(low) : 4);
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+    const __m128i at = _mm_load_si128(reinterpret_cast<const __m128i*>(table.shuffle[low]));
+    const __m128i bt = _mm_load_si128(reinterpret_cast<const __m128i*>(table.shuffle[high]));
+    next += L == BITMASK ? _mm_popcnt_u32(low | high << 8) : 8;
+    return _mm256_shuffle_epi8(_mm256_set_m128i(b, a), _mm256_set_m128i(bt, at));
+}
+
+template <bool HALF>
+AVX2 inline __m256 first_half(__m256i w) {  // bfloat16: of even columns; float16: of the first 8
+    if (HALF) return _mm256_cvtph_ps(_mm256_castsi256_si128(w));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+}
+
+template <bool HALF>
+AVX2 inline __m256 second_half(__m256i w) {
+    if (HALF) return _mm256_cvtph_ps(_mm256_extracti128_si256(w, 1));
+    return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000))));
+}
+
+AVX2 inline float sum_of(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+// 16 columns of ROWS rows of W times those of M rows of x.
+template <Layout L, bool HALF, int M, int ROWS>
+AVX2 inline void add_step(const Matrix& w, const uint8_t* codes, bool alone, const uint16_t** next, const float* x,
+                          int64_t stride, __m256 (*sum)[M]) {
+    for (int k = 0; k < ROWS; ++k) {
+        const uint8_t* code = codes + k * w.width;
+        const __m256i packed = expand<L>(code[0], alone ? NOTHING : code[1], next[k]);
+        const __m256 a = first_half<HALF>(packed), b = second_half<HALF>(packed);
+        for (int m = 0; m < M; ++m) {
+            sum[k][m] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + m * stride), sum[k][m]);
+            sum[k][m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(x + m * stride + 8), sum[k][m]);
+        }
+    }
+}
+
+// ROWS rows of W side by side: their streams do not wait for each other, and they share what is read of x.
+template <Layout L, bool HALF, int M, int ROWS>
+AVX2 void dot_rows(const Matrix& w, int64_t row, const Inputs& x, float* y) {
+    const uint16_t* next[ROWS];
+    __m256 sum[ROWS][M];
+    for (int k = 0; k < ROWS; ++k) {
+        next[k] = w.value(row + k);
+        for (int m = 0; m < M; ++m) sum[k][m] = _mm256_setzero_ps();
+    }
+    const uint8_t* codes = w.code(row);
+    int64_t at = 0;
+    for (; at + 1 < w.width; at += 2)
+        add_step<L, HALF, M, ROWS>(w, codes + at, false, next, x.ordered + at * 8, x.stride, sum);
+    if (at < w.width) add_step<L, HALF, M, ROWS>(w, codes + at, true, next, x.ordered + at * 8, x.stride, sum);
+    for (int k = 0; k < ROWS; ++k)
+        for (int m = 0; m < M; ++m) y[m * w.rows + row + k] = sum_of(sum[k][m]);
+}
+
+template <Layout L, bool HALF, int M>
+AVX2 void multiply_vector(const Matrix& w, int64_t row, int64_t last, const Inputs& x, float* y) {
+    constexpr int ROWS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // as many sums as registers hold
+    for (; row + ROWS <= last && w.reads_within(row + ROWS - 1); row += ROWS) dot_rows<L, HALF, M, ROWS>(w, row, x, y);
+    for (; row < last && w.reads_within(row); ++row) dot_rows<L, HALF, M, 1>(w, row, x, y);
+    multiply_portable(w, row, last, x, y);
+}
+
+template <Layout L>
+AVX2 void unpack_vector(const Matrix& w, int64_t row, int64_t last, uint16_t* out) {
+    for (; row < last && w.reads_within(row); ++row, out += w.columns) {
+        const uint8_t* code = w.code(row);
+        const uint16_t* next = w.value(row);
+        for (int64_t at = 0; at < w.width; at += 2) {
+            const __m256i packed = expand<L>(code[at], at + 1 < w.width ? code[at + 1] : NOTHING, next);
+            const int64_t left = w.columns - at * 8;
+            if (left >= STEP) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at * 8), packed);
+            } else {
+                uint16_t rest[STEP];
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), packed);
+                std::copy_n(rest, left, out + at * 8);
+            }
+        }
+    }
+    unpack_portable(w, row, last, out);
+}
+#endif
+
+using Multiply = void (*)(const Matrix&, int64_t, int64_t, const Inputs&, float*);
+using Unpack = void (*)(const Matrix&, int64_t, int64_t, uint16_t*);
+
+#ifdef HAS_AVX2
+template <Layout L, bool HALF>
+Multiply vector_for(int batch) {
+    constexpr Multiply all[BATCH] = {
+        multiply_vector<L, HALF, 1>, multiply_vector<L, HALF, 2>, multiply_vector<L, HALF, 3>,
+        multiply_vector<L, HALF, 4>, multiply_vector<L, HALF, 5>, multiply_vector<L, HALF, 6>,
+        multiply_vector<L, HALF, 7>, multiply_vector<L, HALF, 8>,
+    };
+    return all[batch - 1];
+}
+#endif
+
+int best_path() {
+#ifdef HAS_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("popcnt"))
+        return VECTOR;
+#endif
+    return PORTABLE;
+}
+
+Multiply multiply_for(const Matrix& w, int batch, int path) {
+#ifdef HAS_AVX2
+    if (path == VECTOR && w.layout == BITMASK)
+        return w.half ? vector_for<BITMASK, true>(batch) : vector_for<BITMASK, false>(batch);
+    if (path == VECTOR) return w.half ? vector_for<TWO_OF_FOUR, true>(batch) : vector_for<TWO_OF_FOUR, false>(batch);
+#endif
+    return multiply_portable;
+}
+
+Unpack unpack_for(const Matrix& w, int path) {
+#ifdef HAS_AVX2
+    if (path == VECTOR) return w.layout == BITMASK ? unpack_vector<BITMASK> : unpack_vector<TWO_OF_FOUR>;
+#endif
+    return unpack_portable;
+}
+
+// Tasks are dealt out one by one: rows differ in what they hold, and cores in what else they do.
+template <typename Task>
+void for_blocks(int64_t first, int64_t last, int threads, Task task) {
+    const int64_t blocks = (last - first + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && blocks > 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t from = first + block * BLOCK;
+        task(from, std::min(from + BLOCK, last));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// What BEST stands for on this processor.
+int secateur_path() {
+    static const int best = best_path();
+    return best;
+}
+
+// y (batch, rows) = x (batch, columns) W^T, all float32 and contiguous.
+void secateur_multiply(int64_t rows, int64_t columns, const uint8_t* codes, const uint16_t* values,
+                       const int64_t* offsets, int layout, int half, const float* x, int64_t batch, float* y,
+                       int threads, int path) {
+    const Matrix w{rows, columns, (columns + 7) / 8, codes, values, offsets, Layout(layout), half != 0};
+    if (path == BEST) path = secateur_path();
+    const int64_t stride = (columns + STEP - 1) / STEP * STEP;
+    std::vector<float> plain(std::min<int64_t>(batch, BATCH) * stride), ordered(half ? 0 : plain.size());
+    for (int64_t start = 0; start < batch; start += BATCH) {
+        const int some = static_cast<int>(std::min<int64_t>(BATCH, batch - start));
+        for (int m = 0; m < some; ++m) {
+            float* row = plain.data() + m * stride;
+            std::copy_n(x + (start + m) * columns, columns, row);
+            for (int64_t at = 0; !half && at < stride; ++at)
+                ordered[m * stride + at / STEP * STEP + at % 2 * 8 + at % STEP / 2] = row[at];
+        }
+        const Inputs inputs{plain.data(), half ? plain.data() : ordered.data(), stride, some};
+        const Multiply multiply = multiply_for(w, some, path);
+        for_blocks(0, rows, threads, [&](int64_t from, int64_t to) { multiply(w, from, to, inputs, y + start * rows); });
+    }
+}
+
+// Rows [first, last) of W as they were before packing: out (last - first, columns).
+void secateur_unpack(int64_t rows, int64_t columns, const uint8_t* codes, const uint16_t* values,
+                     const int64_t* offsets, int layout, int64_t first, int64_t last, uint16_t* out, int threads,
+                     int path) {
+    const Matrix w{rows, columns, (columns + 7) / 8, codes, values, offsets, Layout(layout), false};
+    const Unpack unpack = unpack_for(w, path == BEST ? secateur_path() : path);
+    for_blocks(first, last, threads,
+               [&](int64_t from, int64_t to) { unpack(w, from, to, out + (from - first) * columns); });
+}
+}

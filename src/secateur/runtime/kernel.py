@@ -1,0 +1,106 @@
+"""Products with packed matrices on a CPU: what `kernel.cpp` computes, on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MOST_ROWS", "Layout", "Matrix", "Path", "linear", "multiply", "tiles"]
+
+MOST_ROWS = 16
+"""With more rows of x, unpacking and the ordinary product take less time."""
+TILE = 1 << 20
+"""Elements that are unpacked at once: they stay in the cache until they are used."""
+ALONE = 1 << 16
+"""Elements below which waking other threads takes longer than the work."""
+
+
+class Layout(IntEnum):
+    """What a byte of codes says of 8 columns: see `kernel.cpp`."""
+
+    BITMASK = 0
+    TWO_OF_FOUR = 1
+
+
+class Path(IntEnum):
+    """Which instructions are used; `BEST` is what this processor has."""
+
+    BEST = -1
+    PORTABLE = 0
+    AVX2 = 1
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A packed matrix on the CPU, all parts contiguous.
+
+    Attributes:
+        shape: (rows, columns).
+        codes: uint8, ceil(columns / 8) of each row.
+        values: (stored,) bfloat16 or float16, row after row.
+        offsets: (rows + 1,) int64, where each row begins in `values`, and the end.
+    """
+
+    shape: tuple[int, int]
+    layout: Layout
+    codes: Tensor
+    values: Tensor
+    offsets: Tensor
+
+    def arguments(self) -> tuple[int, int, int, int, int, int]:
+        """The first arguments of all functions of the kernel."""
+        pointers = self.codes.data_ptr(), self.values.data_ptr(), self.offsets.data_ptr()
+        return (*self.shape, *pointers, int(self.layout))
+
+
+def linear(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What an `nn.Linear` with this weight computes: (..., columns) -> (..., rows), in the dtype of `inputs`.
+
+    Few rows are computed from the packed weight, which is read once for every 8 of them, with float32 sums
+    that are rounded once. For more the weight is unpacked tile by tile and the products are those of torch.
+    """
+    flat = inputs.reshape(-1, matrix.shape[1])
+    if flat.shape[0] <= MOST_ROWS:
+        sums = multiply(kernel, matrix, flat)
+        outputs = (sums if bias is None else sums.add_(bias)).to(inputs.dtype)
+    else:
+        outputs = inputs.new_empty((len(flat), matrix.shape[0]))
+        for first, tile in tiles(kernel, matrix):
+            part = slice(first, first + len(tile))
+            own = None if bias is None else bias[part]
+            outputs[:, part] = nn.functional.linear(flat, tile.to(inputs.dtype), own)
+    return outputs.view(*inputs.shape[:-1], matrix.shape[0])
+
+
+def multiply(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, path: Path = Path.BEST) -> Tensor:
+    """(batch, columns) of any floating dtype -> (batch, rows) float32, with float32 sums."""
+    x = inputs.to(torch.float32).contiguous()
+    batch, half = x.shape[0], matrix.values.dtype == torch.float16
+    outputs = x.new_empty((batch, matrix.shape[0]))
+    kernel.secateur_multiply(
+        *matrix.arguments(), half, x.data_ptr(), batch, outputs.data_ptr(), _threads(matrix), path
+    )
+    return outputs
+
+
+def tiles(kernel: ctypes.CDLL, matrix: Matrix, path: Path = Path.BEST) -> Iterator[tuple[int, Tensor]]:
+    """The matrix as it was before packing, some rows at a time: the first of them, and (some, columns).
+
+    All tiles are the same memory: use one before asking for the next.
+    """
+    rows, columns = matrix.shape
+    some = min(max(TILE // max(columns, 1), 1), rows)
+    tile = matrix.values.new_empty((some, columns))
+    for first in range(0, rows, some):
+        last = min(first + some, rows)
+        kernel.secateur_unpack(*matrix.arguments(), first, last, tile.data_ptr(), _threads(matrix), path)
+        yield first, tile[: last - first]
+
+
+def _threads(matrix: Matrix) -> int:
+    return torch.get_num_threads() if matrix.shape[0] * matrix.shape[1] >= ALONE else 1

@@ -1,0 +1,51 @@
+"""Random matrices with zeros, packed as the kernel takes them."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from torch import Tensor
+
+from secateur.checkpoint.packing import Packed
+from secateur.runtime.build import library, why_missing
+from secateur.runtime.kernel import Matrix
+from secateur.storage.kernels import matrix_of
+from secateur.storage.packed_linear import PackedLinear
+
+
+def kernel_or_skip() -> ctypes.CDLL:
+    """The kernel, built once a user and shared by all tests."""
+    found = library()
+    if found is None:
+        pytest.skip(why_missing() or "no kernel")
+    return found
+
+
+def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Zeros anywhere; an empty and a full row where there are rows enough."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    if rows > 4 and 0 < sparsity < 1:
+        weight[1] = 0
+        weight[3] = torch.randn(columns, generator=generator)
+    return weight.to(dtype)
+
+
+def two_of_four(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randn(rows, columns // 4, 4, generator=generator)
+    keep = torch.rand(groups.shape, generator=generator).argsort(-1) < 2
+    return groups.masked_fill(~keep, 0).view(rows, columns).to(dtype)
+
+
+def linear_of(weight: Tensor, format: str = "bitmask", dtype: torch.dtype | None = None) -> PackedLinear:
+    return PackedLinear(Packed.of(weight, format), torch.empty(0, dtype=dtype or weight.dtype))
+
+
+def packed(weight: Tensor, format: str = "bitmask") -> Matrix:
+    matrix = matrix_of(linear_of(weight, format))
+    assert matrix is not None
+    return matrix
