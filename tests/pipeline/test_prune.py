@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_runs
@@ -16,9 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.anatomy.resolve import resolve
+from secateur.calibration.windows import Windows
 from secateur.cli.app import run
 from secateur.core.pattern import Pattern
 from secateur.core.selection import check_pattern
+from secateur.pipeline import data
 
 CONTRACT = {
     "method",
@@ -159,3 +162,23 @@ def test_recipe_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     report = json.loads(capsys.readouterr().out)
     assert (report["method"], report["pattern"], report["options"]["blocksize"]) == ("sparsegpt", "2:4", 32)
     assert report["not_measured"]["perplexity_after"]
+
+
+def test_a_model_samples_its_text_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Windows] = []
+    load = data.load_windows
+
+    def counted(*args: Any, **given: Any) -> Windows:
+        made.append(load(*args, **given))
+        return made[-1]
+
+    monkeypatch.setattr(data, "load_windows", counted)
+    own = {**CALIBRATION, "source": "self"}
+    model, other = save_tiny("llama", tmp_path / "model"), save_tiny("llama", tmp_path / "other", seed=1)
+    first = prune(model, tmp_path / "one", calibration=own)
+    again = prune(model, tmp_path / "two", calibration=own)
+    assert len(made) == 1
+    assert again.calibration == first.calibration
+    prune(model, tmp_path / "three", calibration=own, seed=1)
+    prune(other, tmp_path / "four", calibration=own)
+    assert len({windows.sha256 for windows in made}) == 3

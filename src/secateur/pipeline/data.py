@@ -58,6 +58,10 @@ def window_length(opened: Opened, asked: int | None) -> int:
     return asked
 
 
+_SAMPLED: dict[tuple[str, int, int, int, str], Windows] = {}
+"""The last windows that a model made, by the model, their number and length, the seed and the device."""
+
+
 def load_run_data(
     opened: Opened,
     recipe: Job,
@@ -116,7 +120,12 @@ def load_windows_for(
     device: torch.device,
 ) -> Windows:
     """Windows of the source that `calibration` names, sampled from the model itself for `self`: on the
-    device if the model fits there, else on the CPU."""
+    device if the model fits there, else on the CPU. What was sampled last in this process is not sampled
+    again."""
+    length = window_length(opened, calibration.length)
+    key = (opened.checkpoint.fingerprint(), samples, length, seed, str(device))
+    if calibration.source == SELF and key in _SAMPLED:
+        return _SAMPLED[key]
 
     def whole() -> PreTrainedModel:
         if _fits_on(device, opened):
@@ -124,16 +133,20 @@ def load_windows_for(
         _refuse_if_too_large(opened)
         return opened.load(torch.float32, torch.device("cpu"))
 
-    return load_windows(
+    windows = load_windows(
         calibration.source,
         tokenizer=opened.tokenizer,
         samples=samples,
-        length=window_length(opened, calibration.length),
+        length=length,
         seed=seed,
         column=calibration.column,
         model=whole,
         progress=progress,
     )
+    if calibration.source == SELF:
+        _SAMPLED.clear()
+        _SAMPLED[key] = windows
+    return windows
 
 
 def _fits_on(device: torch.device, opened: Opened) -> bool:
