@@ -32,7 +32,7 @@ test-compat:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
-	$(VENV)-oldest/bin/python -m pytest -n auto --dist worksteal tests/anatomy tests/calibration tests/pipeline/ways tests/test_contract.py
+	$(VENV)-oldest/bin/python -m pytest -n auto --dist worksteal tests/anatomy tests/calibration tests/pipeline/ways tests/test_contract.py tests/experts tests/storage tests/cli
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest demo-output build dist

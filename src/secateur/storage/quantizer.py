@@ -18,7 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateur.checkpoint.packing import QUANT_METHOD, VERSION, require_version
 from secateur.core.errors import CheckpointError, InputError
 
-if TYPE_CHECKING:  # it imports models, which are not there yet when transformers asks for quantizers
+if TYPE_CHECKING:
+    import torch
+
+    # it imports models, which are not there yet when transformers asks for quantizers
     from secateur.storage.filling import Filling
 
 __all__ = ["SecateurQuantizationConfig", "SecateurQuantizer"]
@@ -70,6 +73,7 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
     _filling: Filling
+    _dtypes: dict[str, torch.dtype]
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises `InputError` for an offloaded model, whose weights are not where they could be filled in."""
@@ -93,6 +97,7 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files:
             raise CheckpointError("packed weights without files", "the folder or hub id of a checkpoint")
         self._filling = Filling(Path(checkpoint_files[0]).parent, model.config)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         parts = {
             re.escape(part.name.rpartition(".")[2])
             for info in self._filling.checkpoint.tensors.values()
@@ -104,11 +109,22 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = self.quantization_config.mode == "packed"
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            self._cast_renamed(model)
         self._filling.fill(model, keep_packed=packed)
-        del self._filling, model._keys_to_ignore_on_load_unexpected
+        del self._filling, self._dtypes, model._keys_to_ignore_on_load_unexpected
         if not packed:
             self.remove_quantization_config(model)
         return model
+
+    def _cast_renamed(self, model: Any) -> None:
+        """Give parameters whose names in the files are others the dtype that was asked for: transformers
+        without `get_new_dtype` leaves them in that of the files when weights are packed."""
+        exact = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        for name, parameter in model.named_parameters():
+            dtype = self._dtypes.get(name, parameter.dtype)
+            if parameter.is_floating_point() and not any(part in name for part in exact):
+                parameter.data = parameter.data.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` is refused while weights are packed: the folder is there already."""
