@@ -16,13 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from protocol import Protocol, named, protocol_parser
 from tables import write_table
 
 import secateur
 from secateur.checkpoint.headers import Headers
 from secateur.core.errors import InputError
 from secateur.core.method import methods_of
-from secateur.report.model import Report
 
 SHARES = (0.25, 0.5)
 TOTALS = (0.3, 0.5, 0.65)
@@ -36,18 +36,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True, nargs="+")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--test-windows", type=int, default=32)
+    parser = protocol_parser(__doc__, test_windows=32)
     parser.add_argument("--methods", default=",".join(methods_of("experts")))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stun", default="", help="also experts, then weights by this method: wanda")
     parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
@@ -55,46 +48,14 @@ class Bench:
     """Runs of one model on files, judged on every text."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-
-    def run(self, model: str | Path, out: Path, seed: int, **settings: Any) -> Report:
-        arguments = self.arguments
-        report: Report = secateur.prune(
-            model,
-            out,
-            calibration={
-                "source": str(arguments.calibration),
-                "samples": arguments.samples,
-                "length": arguments.length,
-            },
-            text=str(arguments.test[0]),
-            evaluation_windows=arguments.test_windows,
-            seed=seed,
-            measure_speed=False,
-            check_loading=False,
-            **settings,
-        )
-        return report
-
-    def perplexities(self, out: Path, report: Report) -> list[float]:
-        """Before and after on every text: of the first from the run itself."""
-        found = [report.perplexity_before or 0.0, report.perplexity_after or 0.0]
-        for text in self.arguments.test[1:]:
-            judged = secateur.evaluate(
-                out,
-                against=self.arguments.model,
-                text=str(text),
-                windows=self.arguments.test_windows,
-                length=self.arguments.length,
-            )
-            found += [judged["perplexity_dense"], judged["perplexity"]]
-        return found
+        self.arguments, self.protocol = arguments, Protocol(arguments)
 
     def share(self, method: str, options: dict[str, Any], share: float, seed: int) -> list[float]:
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"
-            report = self.run(self.arguments.model, out, seed, method=method, sparsity=share, options=options)
-            found = [*self.perplexities(out, report), report.bytes_after / report.bytes_before]
+            report = self.protocol.prune(out, seed=seed, method=method, sparsity=share, options=options)
+            found = [report.perplexity_after or 0.0, *(after for _, after in self.protocol.others(out))]
+            found.append(report.bytes_after / report.bytes_before)
         print(json.dumps([method, options, share, seed, *found]), flush=True)
         return found
 
@@ -102,15 +63,15 @@ class Bench:
         """Perplexity when `total` of the prunable parameters go, experts first; None for too much."""
         prunable = secateur.inspect(self.arguments.model)["parameters_prunable"]
         with tempfile.TemporaryDirectory() as scratch:
-            model, out, gone = self.arguments.model, Path(scratch) / "out", 0
+            model, out, gone = Path(self.arguments.model), Path(scratch) / "out", 0
             if first:
                 model = Path(scratch) / "fewer"
-                report = self.run(self.arguments.model, model, 0, method="stun", sparsity=first)
+                report = self.protocol.prune(model, method="stun", sparsity=first)
                 gone = Headers.open(self.arguments.model).parameters - report.parameters_after
             rest = (total * prunable - gone) / (prunable - gone)
             if rest < 0.01:
                 return None
-            report = self.run(model, out, 0, method=self.arguments.stun, sparsity=rest)
+            report = self.protocol.prune(out, model=model, method=self.arguments.stun, sparsity=rest)
         print(json.dumps(["stages", first, total, rest, report.perplexity_after]), flush=True)
         return report.perplexity_after
 
@@ -129,7 +90,7 @@ def seeds(bench: Bench, method: str) -> range:
 
 
 def method_row(bench: Bench, method: str, options: dict[str, Any]) -> list[str]:
-    row = [method, " ".join(f"{key}={value}" for key, value in options.items()) or "as it comes"]
+    row = [method, named(options)]
     for share in SHARES:
         try:
             found = [bench.share(method, options, share, seed) for seed in seeds(bench, method)]
@@ -138,8 +99,7 @@ def method_row(bench: Bench, method: str, options: dict[str, Any]) -> list[str]:
             row += ["-"] * (len(bench.arguments.test) + 1)
             continue
         columns = [list(column) for column in zip(*found, strict=True)]
-        row += [cell(columns[2 * text + 1]) for text in range(len(bench.arguments.test))]
-        row.append(f"{columns[-1][0]:.2f}")
+        row += [*map(cell, columns[:-1]), f"{columns[-1][0]:.2f}"]
     return row
 
 
@@ -156,9 +116,8 @@ def main() -> None:
     bench, name = Bench(arguments), Path(arguments.model).name
     texts = [f"{text.parent.name}/{text.name}" for text in arguments.test]
     notes = (
-        f"{name}, {arguments.test_windows} windows of {arguments.length} tokens of each text; calibration "
-        f"{arguments.samples} windows of {arguments.calibration.name}, {arguments.seeds} seeds (mean, and "
-        "range of what is drawn at random). Shares are of the routed experts; bytes are of the dense file."
+        f"{bench.protocol.notes}{arguments.seeds} seeds (mean, and range of what is drawn at random). Shares "
+        "are of the routed experts; bytes are of the dense file."
     )
     if not arguments.stun:
         rows = [

@@ -1,6 +1,6 @@
 """Mixed precision of experts against uniform bits, and experts dropped while the model runs.
 
-    python benchmarks/precision.py MODEL --calibration TRAIN.txt --test TEST.txt --other WIKI.txt
+    python benchmarks/precision.py MODEL --calibration TRAIN.txt --test TEST.txt WIKI.txt
 
 One calibration. First table: perplexity, divergence, bytes on disk and in memory of every allotment. Second:
 what online pruning saves and costs, on the dense model and on the one in two bits.
@@ -8,7 +8,6 @@ what online pruning saves and costs, on the dense model and on the one in two bi
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
@@ -16,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from protocol import Protocol, named, protocol_parser
 from tables import write_table
-from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import secateur
 from secateur.calibration.windows import Windows, load_windows
 from secateur.experts.online import OnlinePlan
+from secateur.storage.kernels import weight_bytes
 from secateur.storage.quantizer import SecateurQuantizationConfig
 
 PLANS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -42,28 +42,10 @@ PLANS: tuple[tuple[str, dict[str, Any]], ...] = (
 ONLINE = ((0.5, 0.02), (1.0, 0.0), (1.0, 0.02), (1.0, 0.1), (1.5, 0.02), (2.0, 0.02))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--other", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--test-windows", type=int, default=64)
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args()
-
-
-def nbytes(model: nn.Module) -> int:
-    """Of parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
 def in_memory(folder: Path) -> int:
     """Bytes of the loaded model whose matrices stay packed, in the dtype of its files."""
     how = SecateurQuantizationConfig(mode="packed")
-    return nbytes(AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=how))
+    return weight_bytes(AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=how))
 
 
 def perplexity(model: PreTrainedModel, windows: Windows) -> float:
@@ -78,38 +60,20 @@ def perplexity(model: PreTrainedModel, windows: Windows) -> float:
     return math.exp(total / count)
 
 
-def rounded(arguments: argparse.Namespace, out: Path, method: str, options: dict[str, Any]) -> list[str]:
-    report = secateur.prune(
-        arguments.model,
-        out,
-        method=method,
-        options=options,
-        calibration={
-            "source": str(arguments.calibration),
-            "samples": arguments.samples,
-            "length": arguments.length,
-        },
-        text=str(arguments.test),
-        evaluation_windows=arguments.test_windows,
-        measure_speed=False,
-        check_loading=False,
-    )
-    other = secateur.evaluate(
-        out, text=str(arguments.other), windows=arguments.test_windows, length=arguments.length
-    )
+def rounded(protocol: Protocol, out: Path, method: str, options: dict[str, Any]) -> list[str]:
+    report = protocol.prune(out, method=method, options=options)
+    others = [after for _, after in protocol.others(out)]
     found = report.precision
     assert found is not None
-    print(
-        json.dumps([method, options, report.perplexity_after, other["perplexity"], found.experts]), flush=True
-    )
+    print(json.dumps([method, options, report.perplexity_after, others, found.experts]), flush=True)
     return [
         method,
-        " ".join(f"{key}={value}" for key, value in options.items()),
+        named(options),
         f"{found.bits_experts:.2f}",
         f"{found.stored_bits_experts:.2f}",
         f"{report.perplexity_after:.2f}",
         f"{report.kl_divergence:.4f}",
-        f"{other['perplexity']:.1f}",
+        *(f"{other:.1f}" for other in others),
         f"{report.bytes_after / 1e6:.2f}",
         f"{in_memory(out) / 1e6:.2f}",
     ]
@@ -134,16 +98,17 @@ def online(model: PreTrainedModel, name: str, plan: OnlinePlan, windows: Windows
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = protocol_parser(__doc__).parse_args()
+    protocol = Protocol(arguments)
     folder = secateur.inspect(arguments.model)["folder"]
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     windows = load_windows(
-        str(arguments.test), tokenizer=tokenizer, samples=arguments.test_windows, length=arguments.length
+        str(protocol.texts[0]), tokenizer=tokenizer, samples=protocol.windows, length=protocol.length
     )
     with tempfile.TemporaryDirectory() as scratch:
         rows = [
-            rounded(arguments, Path(scratch) / str(number), method, options)
+            rounded(protocol, Path(scratch) / str(number), method, options)
             for number, (method, options) in enumerate(PLANS)
         ]
         two = PLANS.index(("mc-moe", {"bits": 2.0}))
@@ -151,11 +116,7 @@ def main() -> None:
         plan = OnlinePlan.load(Path(scratch) / str(two))
         dropped = [*online(dense, "dense", plan, windows), *online(small, "mc-moe, 2 bits", plan, windows)]
     name = Path(arguments.model).name
-    notes = (
-        f"{arguments.test_windows} windows of {arguments.length} tokens of {arguments.test.name} (perplexity "
-        f"of the dense model {perplexity(dense, windows):.2f}) and of {arguments.other.name}; calibration "
-        f"{arguments.samples} windows of {arguments.calibration.name}."
-    )
+    notes = f"{protocol.notes}Dense perplexity on the first text: {perplexity(dense, windows):.2f}."
     heads = [
         "method",
         "options",
@@ -163,18 +124,20 @@ def main() -> None:
         "stored bits",
         "perplexity",
         "KL",
-        "other text",
+        *(f"{text.parent.name}/{text.name}" for text in protocol.texts[1:]),
         "MB",
         "MB in memory",
     ]
-    write_table(f"Experts of {name} in few bits", heads, rows, notes=notes, out=_named(arguments.out, "bits"))
+    write_table(
+        f"Experts of {name} in few bits", heads, rows, notes=notes, out=_beside(arguments.out, "bits")
+    )
     heads = ["model", "blocks", "strength", "protected", "activations saved", "perplexity"]
     write_table(
-        f"Experts of {name} dropped online", heads, dropped, notes=notes, out=_named(arguments.out, "online")
+        f"Experts of {name} dropped online", heads, dropped, notes=notes, out=_beside(arguments.out, "online")
     )
 
 
-def _named(out: Path | None, what: str) -> Path | None:
+def _beside(out: Path | None, what: str) -> Path | None:
     return out and out.with_name(f"{out.stem}-{what}{out.suffix}")
 
 

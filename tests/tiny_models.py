@@ -195,3 +195,25 @@ def save_tiny(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_dead(folder: Path, dead: torch.Tensor, **changes: Any) -> PreTrainedModel:
+    """A Llama on disk that never writes the entries `dead`, (k,) int64, of its residual stream."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", folder, **changes)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, dead] = 0
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight[dead] = 0
+            block.mlp.down_proj.weight[dead] = 0
+    model.save_pretrained(folder)
+    return model
+
+
+def undo_mean(model: PreTrainedModel, width: int) -> None:
+    """Norms divide by the dimensions that are left: make up for those that went, of `width`."""
+    wider = width / model.config.hidden_size
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.weight.mul_(wider**0.5)
+                module.variance_epsilon *= wider

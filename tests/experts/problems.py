@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -47,24 +45,4 @@ def make_problem(count: int = 8, *, visited: int | None = None, seed: int = 0) -
         },
         routing=make_routing(routes, count, seed=seed),
         generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def take(problem: ExpertProblem, order: Tensor) -> ExpertProblem:
-    """The problem with the experts in another order, or some of them several times."""
-    seen = problem.observed
-    return replace(
-        problem,
-        router=problem.router[order],
-        bias=None if problem.bias is None else problem.bias[order],
-        weights={name: stack[order] for name, stack in problem.weights.items()},
-        routing=replace(
-            seen,
-            counts=seen.counts[order],
-            coactivation=seen.coactivation[order][:, order],
-            probabilities=seen.probabilities[order],
-            gates=seen.gates[order],
-            norms=None if seen.norms is None else seen.norms[order],
-            means=None if seen.means is None else seen.means[order],
-        ),
     )

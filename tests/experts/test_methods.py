@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from calibration.shared import STORIES_TEXT, TALES_MOE, needs_shared
-from experts.problems import make_problem, make_routing, take
+from experts.problems import make_problem, make_routing
 from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.model import Matrix
 from secateur.calibration.driver import Driver
@@ -72,7 +72,7 @@ def test_the_order_of_the_experts_does_not_matter(method: ExpertMethod) -> None:
     problem.observed.coactivation += problem.router @ problem.router.T / 100  # no ties
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     for count in range(1, 8):
-        ours, moved = survivors(method, problem, count), survivors(method, take(problem, order), count)
+        ours, moved = survivors(method, problem, count), survivors(method, problem.part(order), count)
         assert sorted(order[moved.kept].tolist()) == ours.kept.tolist()
         parts = {tuple(sorted(order[list(part)].tolist())) for part in moved.clusters}
         assert parts == set(ours.clusters)
@@ -113,7 +113,7 @@ def planted(seed: int = 0, noise: float = 1e-3) -> tuple[ExpertProblem, list[tup
     """Eight experts, each there twice with a little noise, shuffled; and which belong together."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(16, generator=generator) % 8
-    problem = take(make_problem(seed=seed), order)
+    problem = make_problem(seed=seed).part(order)
     add = lambda x: x + noise * torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
     problem.router = add(problem.router)
     problem.weights = {name: add(stack) for name, stack in problem.weights.items()}

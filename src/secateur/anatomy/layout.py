@@ -14,7 +14,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from secateur.anatomy.model import Anatomy, Axis, Block, Shape
+from secateur.anatomy.model import Anatomy, Axis, Block, Matrix, Shape
 from secateur.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -139,6 +139,10 @@ class FileLayout:
     def pieces(self, index: int, parameter: str) -> tuple[Piece, ...]:
         """What one parameter of block `index` is stored as."""
         return self._blocks[index][parameter].pieces
+
+    def pieces_of(self, index: int, matrix: Matrix) -> list[Piece]:
+        """What one matrix is stored as; of an expert, tensors of its own alone."""
+        return [piece for piece in self.pieces(index, matrix.parameter) if piece.expert == matrix.expert]
 
     def files_of(self, index: int, parameter: str) -> list[str]:
         """Names on disk of one parameter of block `index`."""

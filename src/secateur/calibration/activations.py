@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.calibration.forward import Call, Forward
 from secateur.calibration.windows import Windows
 
-__all__ = ["Activations", "Batch", "computing"]
+__all__ = ["Activations", "Batch", "Watch", "computing"]
 
 DEVICE_BYTES = 4 << 30
 DEVICE_FRACTION = 0.25
@@ -47,6 +47,10 @@ class Batch:
         """The real tokens of (B, T, d), as (tokens, d)."""
         flat = hidden.flatten(0, 1)
         return flat if self.rows is None else flat[self.rows]
+
+
+Watch = Callable[[Batch, Tensor, Tensor], None]
+"""Called with a batch and its hidden states, (B, T, d), before and after a block."""
 
 
 class Activations:

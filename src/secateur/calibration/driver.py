@@ -6,7 +6,7 @@ blocks before it, while inside the block every matrix still sees the dense one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.model import Block
-from secateur.calibration.activations import Activations, Batch
+from secateur.calibration.activations import Activations, Batch, Watch
 from secateur.calibration.distributed import Group
 from secateur.calibration.forward import Forward
 from secateur.calibration.probes import Probes, SeenError
@@ -28,10 +28,6 @@ __all__ = ["Driver", "OpenBlock", "Watch"]
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Larger batches on a CPU spend their time on fetching fresh pages for temporaries."""
-
-
-Watch = Callable[[Batch, Tensor, Tensor], None]
-"""Called with a batch and its hidden states, (B, T, d), before and after a block."""
 
 
 class Driver:

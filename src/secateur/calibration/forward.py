@@ -1,7 +1,7 @@
 """The model's own forward with its blocks taken out: what it passes to them, what it makes of their output.
 
 Masks, rotary tables, scalings and soft-capping differ from family to family and between layers of one model;
-nothing of that is rebuilt here. The forward runs as it is, and a stub stands in the place of every block.
+nothing of that is rebuilt here. The forward runs as it is, with something else in the place of every block.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ class Forward:
         """(B, T, vocabulary) from the output of the last block, by the model's own norm and head."""
         last, extras = len(self.blocks) - 1, -1 if self._extras is None else self._extras
 
-        def stub(index: int, *args: Any, **kwargs: Any) -> Any:
+        def instead(index: int, *args: Any, **kwargs: Any) -> Any:
             passed = Call.split(args, kwargs)[0]
             return _output(hidden if index == last else passed, (None,) * extras, extras)
 
-        with _stubbed(self.blocks, stub):
+        with _replaced(self.blocks, instead):
             return self.model(**self._inputs(batch)).logits  # type: ignore[no-any-return]
 
     def _probe(self, batch: Windows) -> int:
@@ -140,7 +140,7 @@ class Forward:
     ) -> Captured:
         recorder = _Recorder(len(self.blocks), extras, between)
         try:
-            with _stubbed(self.blocks, recorder):
+            with _replaced(self.blocks, recorder):
                 self.model(**self._inputs(batch))
         except _EnoughError:
             return Captured(recorder.inputs[0], tuple(recorder.calls))
@@ -156,7 +156,7 @@ class Forward:
 
 
 class _Recorder:
-    """A stub that writes calls down and hands hidden states on, changed by `between`."""
+    """In the place of the blocks: writes calls down and hands hidden states on, changed by `between`."""
 
     def __init__(self, count: int, extras: int, between: Callable[[Tensor], Tensor]) -> None:
         self.count, self.extras, self.between = count, extras, between
@@ -198,12 +198,12 @@ def _output(hidden: Tensor, others: tuple[Any, ...], extras: int) -> Any:
 
 
 @contextmanager
-def _stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
-    """Calls of block `i` become `stub(i, ...)` inside; what was there before is put back."""
+def _replaced(blocks: Sequence[nn.Module], instead: Callable[..., Any]) -> Iterator[None]:
+    """Calls of block `i` become `instead(i, ...)` inside; what was there before is put back."""
     before = [vars(block).get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            vars(block)["forward"] = partial(stub, index)
+            vars(block)["forward"] = partial(instead, index)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from secateur.calibration.observers import Moments
 from secateur.core.errors import AnatomyError
 from secateur.core.statistics import InputStatistics, Statistic
 
-__all__ = ["Probes", "SeenError", "real_tokens"]
+__all__ = ["BlockHooks", "Hook", "Probes", "SeenError", "real_tokens"]
 
 
 class SeenError(Exception):
@@ -47,7 +47,33 @@ Watch = Callable[[list[Tensor]], None]
 """Told the tensors that a module is called with."""
 
 
-class Probes:
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+H = TypeVar("H", bound="BlockHooks")
+
+
+class BlockHooks:
+    """Pre-hooks on submodules of a block, there while it is open as a context."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._open = module, ExitStack()
+
+    def _hooks(self) -> Iterable[tuple[str, Hook]]:
+        """Paths inside the block, and what sees the calls."""
+        raise NotImplementedError
+
+    def __enter__(self: H) -> H:
+        for path, hook in self._hooks():
+            handle = self._module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+            self._open.callback(handle.remove)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+
+class Probes(BlockHooks):
     """Observes the sites of a block, or those named, while it is open as a context.
 
     Attributes:
@@ -62,6 +88,7 @@ class Probes:
         device: torch.device,
         sites: Collection[str] | None = None,
     ) -> None:
+        super().__init__(module)
         self.moments: dict[str, list[Moments]] = {}
         self._sites = [site for site in block.sites.values() if sites is None or site.name in sites]
         for site in self._sites:
@@ -69,23 +96,13 @@ class Probes:
             count = 1 if site.kind == "input" else 1 + max(matrix.expert or 0 for matrix in readers)
             columns = readers[0].shape[1]
             self.moments[site.name] = [Moments(columns, needs, device) for _ in range(count)]
-        self._block, self._module = block, module
+        self._block = block
         self._paths = {site.module for site in self._sites}
         self._batch: Batch | None = None
         self._left: set[str] | None = None
-        self._hooks = ExitStack()
 
-    def __enter__(self) -> Probes:
-        for path in self._paths:
-            hook = self._hook(path, self._watch(path))
-            handle = self._module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
-            self._hooks.callback(handle.remove)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.close()
+    def _hooks(self) -> Iterable[tuple[str, Hook]]:
+        return ((path, self._hook(path, self._watch(path))) for path in self._paths)
 
     def begin(self, batch: Batch, *, stop: bool) -> None:
         """The next forward is of this batch; with `stop` it ends in `SeenError` at the last site."""
@@ -116,7 +133,7 @@ class Probes:
 
         return watch
 
-    def _hook(self, path: str, watch: Watch) -> Callable[..., None]:
+    def _hook(self, path: str, watch: Watch) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             watch([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
             if self._left is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from types import TracebackType
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,21 +12,19 @@ from torch.nn import functional
 
 from secateur.anatomy.mixture import Mixture, mixture_of
 from secateur.anatomy.model import Block
-from secateur.calibration.activations import Batch
+from secateur.calibration.activations import Batch, Watch
 from secateur.calibration.distributed import Group
-from secateur.calibration.probes import SeenError, real_tokens
+from secateur.calibration.probes import BlockHooks, Hook, SeenError, real_tokens
 from secateur.core.numerics import exact_products
 from secateur.core.statistics import RoutingStatistics, Statistic
 
 __all__ = ["RoutingProbe", "counting_visits"]
 
-Watch = Callable[[Batch, Tensor, Tensor], None]
-
 SMALLEST = 1e-6
 """Below it, shares of a token say nothing about how its scores were made."""
 
 
-class RoutingProbe:
+class RoutingProbe(BlockHooks):
     """Observes the router and the experts of a block while it is open as a context.
 
     The forward of each batch ends in `SeenError` where the experts would begin: their outputs, where wanted,
@@ -51,7 +48,8 @@ class RoutingProbe:
         needs: Collection[Statistic],
         device: torch.device,
     ) -> None:
-        self._block, self._mixture, self._module = block, mixture, module
+        super().__init__(module)
+        self._block, self._mixture = block, mixture
         self._experts: Any = module.get_submodule(mixture.module)
         state = module.state_dict()
         self._router = state[mixture.router]
@@ -68,21 +66,12 @@ class RoutingProbe:
         self._ratios: list[Tensor] = []
         self._batch: Batch | None = None
         self._logits = torch.empty(0)
-        self._hooks = ExitStack()
 
-    def __enter__(self) -> RoutingProbe:
-        for path, hook in (
+    def _hooks(self) -> Iterable[tuple[str, Hook]]:
+        return (
             (self._mixture.router_module, self._see_router),
             (self._mixture.module, self._see_experts),
-        ):
-            handle = self._module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
-            self._hooks.callback(handle.remove)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.close()
+        )
 
     def begin(self, batch: Batch) -> None:
         """The next forward is of this batch."""

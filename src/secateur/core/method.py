@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,12 +12,14 @@ from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.registry import Registry
 from secateur.core.statistics import Statistic
 
-__all__ = ["BITS", "CORE", "METHODS", "Method", "Paper", "methods_of"]
+__all__ = ["BITS", "CORE", "EXPERTS", "METHODS", "Method", "Paper", "methods_of", "register"]
 
 BITS = "bits of the weights"
 """What goes where no weight goes."""
 CORE = "weights of a core between two factors"
 """What goes where the product with the factors is stored, which has no zeros."""
+EXPERTS = "routed experts"
+"""What goes where a token still visits as many."""
 
 ROOMS = {
     "weights": (
@@ -135,6 +137,15 @@ METHODS: Registry[type[Method]] = Registry(
     {name: f"secateur.{room}.{name.replace('-', '_')}" for room, names in ROOMS.items() for name in names},
 )
 """The catalogue of all families; packages add theirs by the entry point group `secateur.methods`."""
+
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(method: M) -> M:
+    """Class decorator: put a method of any family into the catalogue under its `id`."""
+    METHODS.register(method.id)(method)
+    return method
 
 
 def methods_of(family: str) -> list[str]:

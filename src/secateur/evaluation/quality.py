@@ -214,9 +214,12 @@ def propagate(
     driver = Driver(source, windows, batch_size=batch_size, progress=progress)
     blocks = track(progress, "evaluating", driver.blocks(), len(source.anatomy.blocks))
     for block in blocks:
+        if visits is None:
+            block.finish()
+            continue
         with counting_visits(block.block, block.module) as counting:
             block.finish(counting[0] if counting else None)
-        if counting and visits is not None:
+        if counting:
             visits[block.index] = counting[1].tolist()
     return driver
 

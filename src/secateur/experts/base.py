@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.model import Block
-from secateur.core.method import METHODS, Method
+from secateur.core.method import EXPERTS, Method, register
 from secateur.core.statistics import RoutingStatistics
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class ExpertMethod(Method):
     """
 
     family: ClassVar[str] = "experts"
-    removes: ClassVar[str] = "routed experts"
+    removes: ClassVar[str] = EXPERTS
     effect: ClassVar[str] = (
         "fewer bytes on disk and in memory; a token visits as many experts as before, so its time stays"
     )
@@ -153,12 +153,3 @@ class ExpertMethod(Method):
     def regroup(self, problem: ExpertProblem, kept: Tensor) -> Survivors:
         """What becomes of the experts when as many stay as in `kept`, (k,) sorted int64."""
         return Survivors(kept)
-
-
-M = TypeVar("M", bound=type[Method])
-
-
-def register(method: M) -> M:
-    """Class decorator: put a method into the catalogue under its `id`."""
-    METHODS.register(method.id)(method)
-    return method

@@ -123,8 +123,9 @@ def load_windows_for(
     device if the model fits there, else on the CPU. What was sampled last in this process is not sampled
     again."""
     length = window_length(opened, calibration.length)
-    key = (opened.checkpoint.fingerprint(), samples, length, seed, str(device))
-    if calibration.source == SELF and key in _SAMPLED:
+    sampled = calibration.source == SELF
+    key = (opened.checkpoint.fingerprint(), samples, length, seed, str(device)) if sampled else None
+    if key in _SAMPLED:
         return _SAMPLED[key]
 
     def whole() -> PreTrainedModel:
@@ -143,7 +144,7 @@ def load_windows_for(
         model=whole,
         progress=progress,
     )
-    if calibration.source == SELF:
+    if key is not None:
         _SAMPLED.clear()
         _SAMPLED[key] = windows
     return windows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from secateur.calibration.windows import Windows
 from secateur.checkpoint.packing import Packed
 from secateur.checkpoint.safetensors_file import read_tensors, save_tensors, torch_dtype
 from secateur.checkpoint.safetensors_header import read_header
-from secateur.checkpoint.writer import CheckpointWriter
+from secateur.checkpoint.writer import CheckpointWriter, read_part
 from secateur.core.method import Method
 from secateur.core.progress import Progress
 from secateur.pipeline.data import RunData
@@ -76,6 +76,14 @@ class Run:
             parts = self.group.broadcast(parts)
         indices = range(len(self.opened.anatomy.blocks))
         return {index: parts[part_name(index)] for index in indices if part_name(index) in parts}
+
+    def written(self, done: Collection[int]) -> Callable[[int], dict[str, Tensor] | None]:
+        """Reads the blocks in `done` from the parts that an earlier run wrote; None for the others."""
+
+        def read(index: int) -> dict[str, Tensor] | None:
+            return read_part(self.out, part_name(index)) if index in done else None
+
+        return read
 
     def as_stored(self, block: OpenBlock) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Round a block to the dtypes of its file, so that what propagates is what is written.

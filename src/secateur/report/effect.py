@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.core.method import BITS, CORE
+from secateur.core.method import BITS, CORE, EXPERTS
 from secateur.core.pattern import Pattern
 from secateur.report.numbers import percent, size
 
@@ -51,7 +51,7 @@ def effect(
             f"block-diagonal matrices, which has no zeros: not smaller and not faster. {ADVICE}"
         )
     sizes = _sizes(bytes_before, bytes_after)  # of a chain: an earlier stage may have made the file smaller
-    if removes == "routed experts":
+    if removes == EXPERTS:
         sentences = [
             f"{percent(sparsity)} of the routed experts are gone, and so are their bytes on disk and in "
             f"memory{sizes}.",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from secateur.anatomy.model import Block
 from secateur.anatomy.units import Units, units_of
-from secateur.core.method import METHODS, Method
+from secateur.core.method import Method, register
 from secateur.core.progress import Progress
 from secateur.core.statistics import InputStatistics, Statistic
 
@@ -407,12 +407,3 @@ class SliceMethod(Method):
             covariance: (d, d) float64, sum of x x^T over the tokens at one place of the residual stream.
         """
         raise NotImplementedError
-
-
-M = TypeVar("M", bound=type[Method])
-
-
-def register(method: M) -> M:
-    """Class decorator: put a method into the catalogue under its `id`."""
-    METHODS.register(method.id)(method)
-    return method

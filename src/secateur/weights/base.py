@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import AfterValidator
 
 from secateur.core.errors import RecipeError, did_you_mean
-from secateur.core.method import METHODS, Method
+from secateur.core.method import METHODS, Method, register
 from secateur.core.pattern import Pattern
 from secateur.core.statistics import InputStatistics
 
@@ -113,12 +113,6 @@ class WeightMethod(Method):
         return Solution.of(
             problem.weight, select(scores, problem.pattern, problem.sparsity, name=problem.name)
         )
-
-
-def register(method: type[WeightMethod]) -> type[WeightMethod]:
-    """Class decorator: put a method into the catalogue under its `id`."""
-    METHODS.register(method.id)(method)
-    return method
 
 
 def weight_method(name: str, options: dict[str, Any] | None = None) -> WeightMethod:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 from safetensors.torch import load_file
-from tiny_models import save_tiny
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from small_runs import same_bytes
+from tiny_models import save_dead, save_tiny, undo_mean
+from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.calibration.driver import Driver
@@ -25,34 +28,13 @@ from secateur.core.progress import SILENT
 from secateur.pipeline.state import Run
 from secateur.pipeline.ways.unit_gradients import block_gradients, stream_gradients
 from secateur.pipeline.ways.width import on_top
-from secateur.report.model import Report
 from secateur.structure.llm_pruner import LlmPruner, LlmPrunerChannels, LlmPrunerLayers
 
-TEXT = "The gardener cut the old branches of the apple tree, and 12 new shoots came up.\n" * 100
 IDS = torch.arange(1, 25).view(2, 12)
 DEAD = torch.arange(3, 59, 7)
 
 
-def prune(model: Path, out: Path, *, options: dict[str, Any], **settings: Any) -> Report:
-    path = out.parent / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    calibration = {"source": str(path), "samples": 6, "length": 24}
-    settings = {"sparsity": 0.25, "evaluation_windows": 0, "measure_speed": False, **settings}
-    return secateur.prune(
-        model, out, method="llm-pruner", calibration=calibration, options=options, **settings
-    )
-
-
-def with_dead_dimensions(folder: Path, **changes: Any) -> PreTrainedModel:
-    """Nothing writes these entries of the residual stream."""
-    dense = AutoModelForCausalLM.from_pretrained(save_tiny("llama", folder, **changes)).eval()
-    with torch.no_grad():
-        dense.model.embed_tokens.weight[:, DEAD] = 0
-        for block in dense.model.layers:
-            block.self_attn.o_proj.weight[DEAD] = 0
-            block.mlp.down_proj.weight[DEAD] = 0
-    dense.save_pretrained(folder)
-    return dense
+prune = partial(small_runs.prune, method="llm-pruner", sparsity=0.25, evaluation_windows=0)
 
 
 @pytest.mark.parametrize("order", ["first", "second", "mixed", "vector"])
@@ -60,7 +42,7 @@ def with_dead_dimensions(folder: Path, **changes: Any) -> PreTrainedModel:
 def test_a_dimension_that_nothing_writes_scores_nothing_and_goes(
     order: str, tied: bool, tmp_path: Path
 ) -> None:
-    dense = with_dead_dimensions(tmp_path / "model", tie_word_embeddings=tied)
+    dense = save_dead(tmp_path / "model", DEAD, tie_word_embeddings=tied)
     options = {"mode": "channel", "order": order}
     report = prune(tmp_path / "model", tmp_path / "out", options=options, sparsity=len(DEAD) / 64)
     scores = load_file(tmp_path / "out" / "scores.safetensors")["hidden"]
@@ -68,12 +50,7 @@ def test_a_dimension_that_nothing_writes_scores_nothing_and_goes(
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert pruned.config.hidden_size == 64 - len(DEAD)
     assert pruned.num_parameters() == report.parameters_after
-    wider = 64 / pruned.config.hidden_size
-    with torch.no_grad():
-        for module in pruned.modules():
-            if hasattr(module, "variance_epsilon"):  # norms divide by the dimensions that are left
-                module.weight.mul_(wider**0.5)
-                module.variance_epsilon *= wider
+    undo_mean(pruned, 64)
     torch.testing.assert_close(pruned(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -218,8 +195,7 @@ def test_an_interrupted_run_of_steps_ends_in_the_same_bytes(
             with pytest.raises(KeyboardInterrupt):
                 prune(model, tmp_path / "out", resume=number > 0, **settings)
     prune(model, tmp_path / "out", resume=True, **settings)
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same_bytes(tmp_path / "out", tmp_path / "whole")
 
 
 LOAD = """

@@ -12,7 +12,7 @@ import torch
 from elsewhere import IDS, loaded_elsewhere
 from safetensors.torch import load_file
 from small_runs import interrupted, same_bytes
-from tiny_models import save_tiny
+from tiny_models import save_dead, save_tiny, undo_mean
 from transformers import AutoModelForCausalLM
 
 from secateur.anatomy.resolve import resolve
@@ -49,25 +49,14 @@ def test_heads_and_channels_that_go_are_silenced_ones(family: str, tmp_path: Pat
 
 def test_dead_hidden_dimensions_go_first_and_only_the_mean_of_the_norms_notices(tmp_path: Path) -> None:
     """Norms divide by the dimensions that are left: with that made up for, nothing has changed."""
-    model, dead = save_tiny("llama", tmp_path / "model", tie_word_embeddings=True), torch.arange(3, 59, 7)
-    dense = AutoModelForCausalLM.from_pretrained(model).eval()
-    with torch.no_grad():
-        dense.model.embed_tokens.weight[:, dead] = 0
-        for block in dense.model.layers:
-            block.self_attn.o_proj.weight[dead] = 0
-            block.mlp.down_proj.weight[dead] = 0
-    dense.save_pretrained(model)
+    model, dead = tmp_path / "model", torch.arange(3, 59, 7)
+    dense = save_dead(model, dead, tie_word_embeddings=True)
     share = len(dead) / dense.config.hidden_size
     prune(model, tmp_path / "out", options={"width": "hidden"}, sparsity=share)
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert pruned.config.hidden_size == dense.config.hidden_size - len(dead)
     assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
-    wider = dense.config.hidden_size / pruned.config.hidden_size
-    with torch.no_grad():
-        for module in pruned.modules():
-            if hasattr(module, "variance_epsilon"):
-                module.weight.mul_(wider**0.5)
-                module.variance_epsilon *= wider
+    undo_mean(pruned, dense.config.hidden_size)
     torch.testing.assert_close(pruned(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
 
 

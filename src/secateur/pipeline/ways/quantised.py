@@ -17,7 +17,6 @@ from secateur.calibration.driver import OpenBlock
 from secateur.calibration.visits import expert_errors, routing_error, visits
 from secateur.checkpoint.packing import Packed
 from secateur.checkpoint.safetensors_file import torch_dtype
-from secateur.checkpoint.writer import read_part
 from secateur.core.errors import AnatomyError, NumericsError, RecipeError
 from secateur.core.statistics import InputStatistics, RoutingStatistics
 from secateur.experts.online import FILE_NAME as ONLINE
@@ -25,7 +24,7 @@ from secateur.experts.online import MedianRatio, OnlineBlock, OnlinePlan, Renorm
 from secateur.experts.precision import PrecisionMethod, Rounding
 from secateur.pipeline.matrices import LOSS_ROWS, statistics_of
 from secateur.pipeline.opened import Opened
-from secateur.pipeline.state import Outcome, Run, part_name
+from secateur.pipeline.state import Outcome, Run
 from secateur.quantise.experts import rounded_stack
 from secateur.quantise.gptq import Quantised, gptq, round_to_nearest
 from secateur.recipe import Recipe
@@ -171,7 +170,7 @@ def _pieces(opened: Opened, index: int, matrix: Matrix) -> list[Piece]:
     Raises:
         AnatomyError: several experts in one tensor, or a transposed matrix.
     """
-    pieces = [p for p in opened.layout.pieces(index, matrix.parameter) if p.expert == matrix.expert]
+    pieces = opened.layout.pieces_of(index, matrix)
     rows = sum(piece.shape[0] for piece in pieces if piece.shape[1:] == matrix.shape[1:])
     if matrix.transposed or rows != matrix.shape[0] or len({len(piece.shape) for piece in pieces}) != 1:
         raise AnatomyError(
@@ -191,9 +190,7 @@ class _Rounder:
     def round(self) -> tuple[list[Layer], list[Block]]:
         run, done = self.run, self.run.finished()
         records = []
-        driver = run.driver(
-            read=lambda index: read_part(run.out, part_name(index)) if index in done else None
-        )
+        driver = run.driver(read=run.written(set(done)))
         forward = bool(self.method.statistics)
         with run.progress.task(f"rounding with {self.method.id}", len(run.opened.anatomy.blocks)) as task:
             for opened in driver.blocks(forward=forward, outputs=False):

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from secateur.anatomy.model import Matrix
 from secateur.calibration.driver import Driver, OpenBlock
 from secateur.calibration.gradients import GradientStore
 from secateur.checkpoint.packing import DENSE, Packed
 from secateur.checkpoint.safetensors_file import torch_dtype
-from secateur.checkpoint.writer import read_part
 from secateur.core.errors import RecipeError
 from secateur.core.factored import Factored
 from secateur.pipeline.blocks import gradients_for, prune_blocks
@@ -25,7 +22,7 @@ from secateur.pipeline.budget import (
 )
 from secateur.pipeline.matrices import Budget
 from secateur.pipeline.opened import Opened
-from secateur.pipeline.state import Outcome, Run, part_name
+from secateur.pipeline.state import Outcome, Run
 from secateur.recipe import Recipe
 from secateur.storage.armor import packed
 from secateur.weights.allocation import ALLOCATIONS
@@ -71,7 +68,7 @@ def prune_weights(run: Run, method: WeightMethod) -> Outcome:
     gradients = gradients_for(method, dense, run.scratch, run.progress, run.group)
     budget = _budget(run, method, dense, gradients)
     layers, blocks = prune_blocks(
-        run.driver(read=_reader(run, set(done))),
+        run.driver(read=run.written(set(done))),
         method,
         budget,
         gradients,
@@ -81,15 +78,6 @@ def prune_weights(run: Run, method: WeightMethod) -> Outcome:
         store=lambda block, factored: _store(run, block, factored, budget),
     )
     return Outcome.of_weights(layers, blocks, leaves_zeros=method.leaves_zeros)
-
-
-def _reader(run: Run, done: set[int]) -> Callable[[int], dict[str, Tensor] | None]:
-    """Reads a block from the part that an earlier run wrote; None for blocks still to be pruned."""
-
-    def read(index: int) -> dict[str, Tensor] | None:
-        return read_part(run.out, part_name(index)) if index in done else None
-
-    return read
 
 
 def _store(
@@ -108,9 +96,7 @@ def _store(
 
 def _own_tensor(opened: Opened, index: int, matrix: Matrix) -> str | None:
     """The tensor on disk that is this very matrix; None where it is a part, several, or transposed."""
-    pieces = [
-        piece for piece in opened.layout.pieces(index, matrix.parameter) if piece.expert == matrix.expert
-    ]
+    pieces = opened.layout.pieces_of(index, matrix)
     whole = len(pieces) == 1 and tuple(pieces[0].shape) == matrix.shape and not matrix.transposed
     return pieces[0].name if whole else None
 

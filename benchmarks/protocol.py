@@ -1,0 +1,76 @@
+"""What benchmarks of pruning share: their arguments, and runs on files that are judged alike."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import secateur
+from secateur.report.model import Report
+
+__all__ = ["Protocol", "named", "protocol_parser"]
+
+
+def protocol_parser(description: str | None, *, test_windows: int = 64) -> argparse.ArgumentParser:
+    """With the model, its texts, their sizes, and the file of the table."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True, nargs="+", help="the first judges every run")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--test-windows", type=int, default=test_windows)
+    parser.add_argument("--out", type=Path)
+    return parser
+
+
+def named(options: Mapping[str, Any]) -> str:
+    """Options as a cell of a table."""
+    return " ".join(f"{key}={value}" for key, value in options.items()) or "as it comes"
+
+
+class Protocol:
+    """One calibration and one judgement for all runs."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model = str(arguments.model)
+        self.texts: list[Path] = arguments.test
+        self.windows, self.length = int(arguments.test_windows), int(arguments.length)
+        self.calibration = {
+            "source": str(arguments.calibration),
+            "samples": arguments.samples,
+            "length": arguments.length,
+        }
+        self.notes = (
+            f"{Path(self.model).name}, {self.windows} windows of {self.length} tokens of "
+            f"{', '.join(f'{text.parent.name}/{text.name}' for text in self.texts)}; calibration "
+            f"{arguments.samples} windows of {arguments.calibration.name}. "
+        )
+
+    def judged(self, **settings: Any) -> dict[str, Any]:
+        """Settings of a run that is judged on the first text, and neither timed nor opened again."""
+        shared = {"evaluation_windows": self.windows, "measure_speed": False, "check_loading": False}
+        return {**shared, **settings}
+
+    def prune(self, out: Path, *, model: str | Path | None = None, **settings: Any) -> Report:
+        """The report of a run on this model, or on another."""
+        report: Report = secateur.prune(
+            model or self.model,
+            out,
+            calibration=self.calibration,
+            text=str(self.texts[0]),
+            **self.judged(**settings),
+        )
+        return report
+
+    def others(self, out: Path) -> list[tuple[float, float]]:
+        """Perplexity of the dense model and of a result, on every text but the first."""
+        found = []
+        for text in self.texts[1:]:
+            judged = secateur.evaluate(
+                out, against=self.model, text=str(text), windows=self.windows, length=self.length
+            )
+            found.append((float(judged["perplexity_dense"]), float(judged["perplexity"])))
+        return found
