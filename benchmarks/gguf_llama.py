@@ -28,11 +28,19 @@ WORKER = Path(__file__).with_name("gguf_worker.py")
 TEXT = "Once upon a time there was a little garden. A girl named Lily went there every day with her dog. "
 TEXTS = ["Hello  world!\n\n  It's 1234 o'clock.", "naïve café → 你好 🙂", " leading and trailing ", TEXT]
 NEW_TOKENS, REPEATS, SEED = 48, 7, 0
+
+
+def flap(spread: str, compensate: str) -> dict[str, Any]:
+    """Settings of a run."""
+    return {"method": "flap", "options": {"spread": spread, "compensate": compensate}}
+
+
 CUTS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "flap, the same share in every block": {"spread": "uniform", "compensate": "none"},
-    "flap, one ranking, blocks that differ": {"spread": "global", "compensate": "none"},
-    "flap, one ranking, biases added": {"spread": "global", "compensate": "bias"},
+    "flap, the same share in every block": flap("uniform", "none"),
+    "flap, one ranking, blocks that differ": flap("global", "none"),
+    "flap, one ranking, biases added": flap("global", "bias"),
+    "blockpruner, attention or feed-forward away": {"method": "blockpruner"},
 }
 SPARSITY = 0.3
 DTYPES = ("f32", "f16", "q8_0")
@@ -46,22 +54,22 @@ def main() -> None:
     rows, version = [], ""
     with tempfile.TemporaryDirectory() as place:
         for model in arguments.model:
-            for cut, options in CUTS.items():
-                folder = pruned(model, options, Path(place) / f"{len(rows)}")
+            for cut, settings in CUTS.items():
+                folder = pruned(model, settings, Path(place) / f"{len(rows)}")
                 for row in tried(folder, arguments.python):
                     version = row.pop("version")
                     rows.append({"model": Path(model).name, "cut": cut, **row})
     print(page(rows, version))
 
 
-def pruned(model: str, options: dict[str, Any], out: Path) -> str | Path:
+def pruned(model: str, settings: dict[str, Any], out: Path) -> str | Path:
     """The model as it is, or pruned into a folder."""
-    if not options:
+    if not settings:
         return model
     calibration = {"samples": 32, "length": 128}
     secateur.prune(
-        model, out, method="flap", sparsity=SPARSITY, options=options, calibration=calibration, seed=SEED,
-        evaluation_windows=0, measure_speed=False, check_loading=False,
+        model, out, **settings, sparsity=SPARSITY, calibration=calibration, seed=SEED, evaluation_windows=0,
+        measure_speed=False, check_loading=False,
     )  # fmt: skip
     return out
 
@@ -130,7 +138,7 @@ def page(rows: list[dict[str, Any]], version: str) -> str:
     head = f"""# GGUF files in llama.cpp
 
 Written by `python benchmarks/gguf_llama.py` on {cpu}, one thread, llama-cpp-python {version};
-FLAP at sparsity {SPARSITY}, seed {SEED}, calibrated on the model's own text.
+sparsity {SPARSITY}, seed {SEED}, calibrated on the model's own text.
 
 - *Same tokens*: of {NEW_TOKENS} greedy tokens, those before the first where transformers in float32 differs.
 - *Difference*: the largest between log-probabilities of 128 tokens; llama.cpp has its KV cache in float16.

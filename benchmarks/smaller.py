@@ -3,7 +3,8 @@
     python benchmarks/smaller.py --work FOLDER --out docs/evidence/smaller.md
 
 Speed: a synthetic bf16 Llama (TinyLlama's sizes) loses a share of the parameters in its blocks; dense and
-pruned model then prefill and decode in turn, batch 1, in one process. Memory: the peak resident memory of
+pruned model then prefill and decode in turn, batch 1, in one process; with `--llama PYTHON`, an interpreter
+that has llama-cpp-python, as GGUF files in llama.cpp too. Memory: the peak resident memory of
 `secateur prune` on a 5 GB checkpoint in a process of its own, as `wait4` reports it.
 """
 
@@ -13,8 +14,10 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
+from gguf_llama import run_worker
 from synthetic import PRESETS, SENTENCES, Shape, write_checkpoint
 from tables import write_table
 from transformers import AutoModelForCausalLM
@@ -32,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder on a disk with 20 GB free")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--llama", metavar="PYTHON", help="also in llama.cpp, by this interpreter")
     parser.add_argument("--memory-methods", default="flap,osscar", help="comma separated; empty for none")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
@@ -52,12 +57,22 @@ def speed_rows(arguments: argparse.Namespace) -> list[list[str]]:
         measure_speed=False,
         calibration={"source": str(text(arguments.work)), "samples": 1, "length": 64},
     )
+    before, after = report.bytes_before / 1e9, report.bytes_after / 1e9
+    rows = [["file, GB", f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}", ""]]
+    rows += torch_rows(dense, small, arguments.repeats)
+    if arguments.llama:
+        rows += llama_rows(dense, small, arguments)
+    shutil.rmtree(small)
+    return rows
+
+
+def torch_rows(dense: Path, small: Path, repeats: int) -> list[list[str]]:
+    """Tokens a second of transformers, in bf16."""
     models = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval() for folder in (small, dense)
     ]
-    found = compare_speed(*models, batch_sizes=(1,), repeats=arguments.repeats)
-    shutil.rmtree(small)
-    rows = [
+    found = compare_speed(*models, batch_sizes=(1,), repeats=repeats)
+    return [
         [
             ratio.phase,
             f"{was.median:.1f}",
@@ -67,8 +82,32 @@ def speed_rows(arguments: argparse.Namespace) -> list[list[str]]:
         ]
         for ratio, now, was in zip(found.ratios, found.a.measurements, found.b.measurements, strict=True)
     ]
-    before, after = report.bytes_before / 1e9, report.bytes_after / 1e9
-    return [["file, GB", f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}", ""], *rows]
+
+
+def llama_rows(dense: Path, small: Path, arguments: argparse.Namespace) -> list[list[str]]:
+    """Tokens a second of processor time in llama.cpp, one thread, f16 files; the two models in turn."""
+    files = []
+    for name, folder in (("dense", dense), ("small", small)):
+        file = arguments.work / f"{name}.gguf"
+        file.unlink(missing_ok=True)
+        secateur.export(folder, file, dtype="f16")
+        files.append(file)
+    asked = {"ids": list(range(1, 129)), "new_tokens": 32, "repeats": 1}
+    times = [
+        [run_worker(arguments.llama, {**asked, "path": str(file)}) for file in files]
+        for _ in range(arguments.repeats)
+    ]
+    sizes = [file.stat().st_size / 1e9 for file in files]
+    rows = [["GGUF f16, GB", *(f"{size:.3f}" for size in sizes), f"{sizes[0] / sizes[1]:.2f}", ""]]
+    for phase in ("prefill", "decode"):
+        was, now = ([pair[at][phase] for pair in times] for at in (0, 1))
+        ratios = [after / before for before, after in zip(was, now, strict=True)]
+        middle = [f"{median(found):.1f}" for found in (was, now)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        rows.append([f"llama.cpp {phase}", *middle, f"{median(ratios):.2f}", spread])
+    for file in files:
+        file.unlink()
+    return rows
 
 
 def memory_rows(arguments: argparse.Namespace) -> list[list[str]]:
@@ -110,13 +149,14 @@ def text(work: Path) -> Path:
 
 def main() -> None:
     arguments = parse_arguments()
-    notes = (
-        f"{ONE_BILLION.parameters:,} parameters, bf16, {torch.get_num_threads()} threads, "
-        f"{arguments.sparsity:.0%} of the parameters in blocks removed, the same share of heads and channels "
-        f"in every block; {arguments.repeats} pairs in turn, 128 prompt tokens and 32 new ones."
-    )
-    heads = ["what", "dense", "pruned", "ratio", "spread"]
-    write_table("Smaller and faster", heads, speed_rows(arguments), notes=notes, out=arguments.out)
+    if arguments.speed:
+        notes = (
+            f"{ONE_BILLION.parameters:,} parameters, bf16, {torch.get_num_threads()} threads, "
+            f"{arguments.sparsity:.0%} of the parameters in blocks removed, the same share of heads and "
+            f"channels in every block; {arguments.repeats} pairs in turn, 128 prompt tokens and 32 new ones."
+        )
+        heads = ["what", "dense", "pruned", "ratio", "spread"]
+        write_table("Smaller and faster", heads, speed_rows(arguments), notes=notes, out=arguments.out)
     if rows := memory_rows(arguments):
         notes = (
             f"{arguments.samples} calibration windows of {arguments.length} tokens, batch size 1, float32; "
