@@ -15,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from gguf_llama import run_worker
@@ -37,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--decode-budgets", type=float, nargs="*", default=[], help="such as 0.8 0.6")
     parser.add_argument("--llama", metavar="PYTHON", help="also in llama.cpp, by this interpreter")
     parser.add_argument("--memory-methods", default="flap,osscar", help="comma separated; empty for none")
     parser.add_argument("--samples", type=int, default=4)
@@ -45,18 +47,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def speed_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    dense, small = written(arguments.work, "1b", ONE_BILLION), arguments.work / "smaller-1b"
+def cut(arguments: argparse.Namespace, dense: Path, small: Path, **budget: Any) -> Report:
     shutil.rmtree(small, ignore_errors=True)
-    report = secateur.prune(
+    report: Report = secateur.prune(
         str(dense),
         small,
         method="magnitude-structure",
-        sparsity=arguments.sparsity,
         evaluation_windows=0,
         measure_speed=False,
         calibration={"source": str(text(arguments.work)), "samples": 1, "length": 64},
+        **budget,
     )
+    return report
+
+
+def speed_rows(arguments: argparse.Namespace) -> list[list[str]]:
+    dense, small = written(arguments.work, "1b", ONE_BILLION), arguments.work / "smaller-1b"
+    report = cut(arguments, dense, small, sparsity=arguments.sparsity)
     before, after = report.bytes_before / 1e9, report.bytes_after / 1e9
     rows = [["file, GB", f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}", ""]]
     rows += torch_rows(dense, small, arguments.repeats)
@@ -110,6 +117,25 @@ def llama_rows(dense: Path, small: Path, arguments: argparse.Namespace) -> list[
     return rows
 
 
+def budget_rows(arguments: argparse.Namespace) -> list[list[str]]:
+    """Time of a decode step: what was allowed, what the plan came to, what the result takes."""
+    dense, small = written(arguments.work, "1b", ONE_BILLION), arguments.work / "smaller-1b"
+    rows = []
+    for share in arguments.decode_budgets:
+        report = cut(arguments, dense, small, budget=f"decode={share}x")
+        structure = report.structure
+        assert structure is not None
+        budget = structure.budget
+        assert budget is not None
+        _, measured = torch_rows(dense, small, arguments.repeats)
+        shutil.rmtree(small)
+        planned = budget.planned / budget.dense
+        was, now, ratio = (float(cell) for cell in measured[1:4])
+        took = f"{1e3 / was:.1f} ms to {1e3 / now:.1f} ms"
+        rows.append([f"{share}", f"{report.sparsity:.1%}", f"{planned:.3f}", f"{1 / ratio:.3f}", took])
+    return rows
+
+
 def memory_rows(arguments: argparse.Namespace) -> list[list[str]]:
     model, rows = written(arguments.work, "5gb", PRESETS["5gb"]), []
     for method in filter(None, arguments.memory_methods.split(",")):
@@ -157,6 +183,14 @@ def main() -> None:
         )
         heads = ["what", "dense", "pruned", "ratio", "spread"]
         write_table("Smaller and faster", heads, speed_rows(arguments), notes=notes, out=arguments.out)
+    if rows := budget_rows(arguments):
+        notes = (
+            "Budgets as a share of the dense model's decode step, one sequence. The plan is made from "
+            "narrowed copies that are timed beforehand; the result is timed in turn with the dense model."
+        )
+        heads = ["budget", "sparsity", "planned", "measured", "a token"]
+        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-budgets")
+        write_table("Decode budgets", heads, rows, notes=notes, out=out)
     if rows := memory_rows(arguments):
         notes = (
             f"{arguments.samples} calibration windows of {arguments.length} tokens, batch size 1, float32; "
