@@ -195,9 +195,9 @@ def require_room(most: int, sparsity: float, total: int, method: UnitMethod) -> 
     if sparsity * total > most:
         raise RecipeError(
             f"sparsity {sparsity:g}",
-            f"at most {most / total:.3f}: the rest is norms, the {method.min_keep} unit(s) of each "
-            "kind that a block keeps, and blocks left whole",
-            "lower --sparsity or min_keep",
+            f"at most {most / total:.3f}: the rest is norms, routed experts if there are any, the "
+            f"{method.min_keep} unit(s) of each kind that a block keeps, and blocks left whole",
+            "lower --sparsity or min_keep, or remove whole experts: --method reap",
         )
 
 
