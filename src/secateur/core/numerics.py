@@ -26,7 +26,9 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def damped_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def damped_cholesky(
+    hessian: Tensor, damping: float, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, float]:
     """Lower Cholesky factor of `hessian + d * mean(diag) * I`, and the `d` that was needed.
 
     `d` starts at `damping` and grows tenfold up to 1 while the factorisation fails
@@ -35,19 +37,20 @@ def damped_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     Args:
         hessian: (C, C), symmetric, float32 or float64; not changed.
         damping: first fraction of the mean diagonal to add.
+        dtype: of the factor, by default that of the Hessian.
 
     Raises:
         NumericsError: entries that are not finite, or singular even with `d = 1`.
     """
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
+    dtype = dtype or hessian.dtype
+    mean = hessian.diagonal().to(dtype).mean()
     if not bool(torch.isfinite(mean)):
         raise NumericsError(
             "the Hessian has entries that are not finite: the calibration activations overflowed"
         )
     used = damping
     while True:
-        damped = hessian.clone()
+        damped = hessian.to(dtype, copy=True)
         damped.diagonal().add_(used * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):

@@ -53,25 +53,77 @@ def eliminate(
 
     from secateur.core.numerics import damped_cholesky
 
-    factor, used = damped_cholesky(hessian.double(), damping)
+    factor, used = damped_cholesky(hessian, damping, dtype=torch.float64)
     inverse = torch.cholesky_inverse(factor)
-    rows = weight.double().T.contiguous()  # (C, d)
+    del factor
+    rows = weight.double().T.contiguous()
     target = _damped_product(hessian, rows, used) if first_order_weight else None
+    system = _System(rows, inverse, target)
+    del rows, inverse, target
     losses = torch.zeros(units.count, dtype=torch.float64)
     alive, order = torch.arange(units.count), []
     step, total = -(-units.count // rounds), 0.0
     while len(alive):
-        columns = units.columns(alive).view(-1, units.width).to(rows.device)
-        lost = removal_losses(rows, inverse, columns)
-        costs = lost if target is None else lost + first_order_weight * (rows * target)[columns].sum((1, 2))
-        cheapest = costs.cpu().argsort(stable=True)
+        lost, first = system.costs(units.columns(alive).view(-1, units.width))
+        cheapest = (lost + first_order_weight * first).argsort(stable=True)
         now, alive = alive[cheapest[:step]], alive[cheapest[step:]].sort().values
-        losses[now] = total + lost.cpu()[cheapest[:step]].cumsum(0)
+        losses[now] = total + lost[cheapest[:step]].cumsum(0)
         total = float(losses[now[-1]])
         order.append(now)
         if len(alive):
-            _remove(rows, inverse, units.columns(now).to(rows.device))
+            system.remove(units.columns(now))
+            system.shrink(units.columns(alive))
     return Elimination(torch.cat(order), losses)
+
+
+class _System:
+    """Least squares on what is still there: fitted weights, inverse Hessian and G = H W, row by row.
+
+    Columns are numbered as in the weight; `place` says where each lies.
+    """
+
+    def __init__(self, rows: Tensor, inverse: Tensor, target: Tensor | None) -> None:
+        import torch
+
+        self.rows, self.inverse, self.target = rows, inverse, target
+        self.place = torch.arange(len(rows), device=rows.device)
+
+    def costs(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """What least squares loses without each group of (n, width) columns, and tr(W_j^T G_j); (n,) each, on
+        the CPU."""
+        import torch
+
+        at = self.place[columns.to(self.place.device)]
+        lost = removal_losses(self.rows, self.inverse, at).cpu()
+        if self.target is None:
+            return lost, torch.zeros_like(lost)
+        return lost, (self.rows[at] * self.target[at]).sum((1, 2)).cpu()
+
+    def remove(self, columns: Tensor) -> None:
+        """Refit the others without these, and take them out of the inverse."""
+        import torch
+
+        gone = self.place[columns.to(self.place.device)]
+        tall = self.inverse[:, gone].clone()
+        solved = torch.linalg.solve(tall[gone], tall.T)  # (|P|, C)
+        self.rows -= solved.T @ self.rows[gone]
+        self.inverse.addmm_(tall, solved, alpha=-1)
+        self.rows[gone] = 0
+        self.inverse[gone, :] = 0
+        self.inverse[:, gone] = 0
+
+    def shrink(self, columns: Tensor) -> None:
+        """Let go of all but these, once they are less than half."""
+        import torch
+
+        if 2 * len(columns) > len(self.rows):
+            return
+        columns = columns.to(self.place.device)
+        kept = self.place[columns]
+        self.rows, self.inverse = self.rows[kept], self.inverse[kept][:, kept]
+        if self.target is not None:
+            self.target = self.target[kept]
+        self.place[columns] = torch.arange(len(kept), device=kept.device)
 
 
 def _damped_product(hessian: Tensor, rows: Tensor, damping: float) -> Tensor:
@@ -79,16 +131,3 @@ def _damped_product(hessian: Tensor, rows: Tensor, damping: float) -> Tensor:
     exact = hessian.double()
     product: Tensor = exact @ rows + damping * exact.diagonal().mean() * rows
     return product
-
-
-def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
-    """Refit what stays without these columns, and take them out of the inverse; in place."""
-    import torch
-
-    tall = inverse[:, gone].clone()
-    solved = torch.linalg.solve(tall[gone], tall.T)  # (|P|, C)
-    weight -= solved.T @ weight[gone]
-    inverse -= tall @ solved
-    weight[gone] = 0
-    inverse[gone, :] = 0
-    inverse[:, gone] = 0
