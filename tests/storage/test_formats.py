@@ -14,7 +14,7 @@ from secateur.core.errors import CheckpointError, InputError, RecipeError
 from secateur.storage.bitmask import Bitmask, row_offsets
 from secateur.storage.bits import PIECE, gather, spread
 from secateur.storage.formats import FORMATS, Packed
-from secateur.storage.nm import GroupsOfM
+from secateur.storage.nm import GroupsInColumns, GroupsOfM
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SPECIAL = (0.0, -0.0, float("inf"), float("nan"), 1e-40)
@@ -82,6 +82,29 @@ def test_nm_round_trip(
 def test_any_number_of_axes(format: str, shape: tuple[int, ...]) -> None:
     weight = keep_n_of_m(with_zeros(shape, torch.bfloat16, 0.2), 2, 4)
     assert same_bits(Packed.of(weight, format).unpack(), weight)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 6), (4, 5), (3, 8, 5)])
+def test_groups_in_columns_are_those_of_the_transposed_tensor(shape: tuple[int, ...]) -> None:
+    weight = keep_n_of_m(with_zeros(shape, torch.bfloat16, 0.2).mT.contiguous(), 2, 4).mT.contiguous()
+    packed = Packed.of(weight, "nm-columns", of=4, keep=2)
+    rows = Packed.of(weight.mT, "nm", of=4, keep=2)
+    assert all(packed.parts[name].equal(part) for name, part in rows.parts.items())
+    assert same_bits(Packed.read("x", "nm-columns", packed.stored("x")).unpack(), weight)
+    swapped = GroupsInColumns.swapped(packed)
+    assert swapped.shape == weight.mT.shape
+    assert same_bits(swapped.unpack(), weight.mT.contiguous())
+
+
+def test_groups_in_columns_need_columns() -> None:
+    with pytest.raises(InputError, match="1 axes"):
+        Packed.of(torch.ones(8), "nm-columns")
+    parts = GroupsOfM.pack(keep_n_of_m(with_zeros((6, 8), torch.float32, 0), 2, 4))
+    GroupsInColumns.check(parts, "w", (8, 6))
+    with pytest.raises(CheckpointError, match="'w' is damaged: its values of"):
+        GroupsInColumns.check(parts, "w", (6, 8))
+    with pytest.raises(CheckpointError, match="'w' is damaged: groups in columns need two axes"):
+        GroupsInColumns.check(parts, "w", (48,))
 
 
 def test_strided_weights() -> None:

@@ -143,8 +143,6 @@ def _stored_bytes(opened: Opened, recipe: Recipe) -> int:
     form, saved = FORMATS.get(recipe.format), 0
     for block in opened.anatomy.blocks:
         for matrix in block.matrices:
-            if matrix.transposed and pattern.kind == "n:m" and recipe.format == "nm":
-                continue  # groups lie along the other axis in the file
             packed = form.expected_bytes(matrix.shape, itemsize, sparsity, pattern)
             dense = matrix.shape[0] * matrix.shape[1] * itemsize
             saved += max(dense - packed, 0) if packed is not None else 0
