@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.matrices import kernel_or_skip
 from tiny_models import save_tiny
 
 import secateur
+from runtime.matrices import kernel_or_skip
 from secateur.pipeline import fastest
 from secateur.pipeline.fastest import load_fastest, why_unpacked
 from secateur.pipeline.opened import open_model
@@ -131,7 +131,14 @@ def test_other_devices(tmp_path: Path) -> None:
 def test_routed_experts_are_unpacked_for_every_product(tmp_path: Path) -> None:
     kernel_or_skip()
     opened = tiny("mixtral", tmp_path, format="bitmask")
-    assert why_unpacked(opened, torch.float32, CPU) == fastest.EXPERTS
+    assert why_unpacked(opened, torch.float32, CPU) == fastest.UNPACKED
+
+
+def test_transposed_matrices_are_unpacked_in_other_formats_than_nm(tmp_path: Path) -> None:
+    kernel_or_skip()
+    opened = tiny("gpt2", tmp_path, format="bitmask")
+    assert why_unpacked(opened, torch.float32, CPU) == fastest.UNPACKED
+    assert load_fastest(opened, torch.float32, CPU).words == f"dense ({fastest.UNPACKED})"
 
 
 def test_no_kernel_is_built_for_weights_that_it_does_not_take(

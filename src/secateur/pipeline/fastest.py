@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from secateur.pipeline.opened import Opened
 from secateur.storage.kernels import computes_from, kernel_of, no_kernel, weight_bytes
 
-__all__ = ["Loaded", "load_fastest", "why_unpacked"]
+__all__ = ["UNPACKED", "Loaded", "load_fastest", "why_unpacked"]
 
-EXPERTS = "most of them are routed experts, which are unpacked for every product"
+UNPACKED = "most of them are routed experts, or stored transposed in another format than nm"
+"""Weights from which nothing computes, whatever the kernel takes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def load_fastest(opened: Opened, dtype: torch.dtype, device: torch.device) -> Lo
 
 def why_unpacked(opened: Opened, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why weights are better not kept packed: None where they are, empty where none of them is packed."""
-    tensors, routed = opened.checkpoint.tensors, _routed(opened)
+    tensors, unpacked = opened.checkpoint.tensors, _unpacked(opened)
     packed = [tensors[name] for name in opened.checkpoint.formats]
     if not packed:
         return ""
@@ -47,14 +48,17 @@ def why_unpacked(opened: Opened, dtype: torch.dtype, device: torch.device) -> st
     half = sum(info.numel for info in packed) / 2
     if reason := no_kernel(device, taken=sum(info.numel for info in taken) > half):
         return reason
-    return None if sum(info.numel for info in taken if info.name not in routed) > half else EXPERTS
+    return None if sum(info.numel for info in taken if info.name not in unpacked) > half else UNPACKED
 
 
-def _routed(opened: Opened) -> set[str]:
-    """Names on disk of the experts among which a router chooses."""
-    return {
-        name
-        for block in opened.anatomy.blocks
-        for parameter in {matrix.parameter for matrix in block.matrices if matrix.expert is not None}
-        for name in opened.layout.files_of(block.index, parameter)
-    }
+def _unpacked(opened: Opened) -> set[str]:
+    """Names on disk of routed experts, and of matrices that are stored transposed and packed as they lie."""
+    formats, names = opened.checkpoint.formats, set[str]()
+    for block in opened.anatomy.blocks:
+        for matrix in block.matrices:
+            files = opened.layout.files_of(block.index, matrix.parameter)
+            if matrix.expert is not None:
+                names.update(files)
+            elif matrix.transposed:
+                names.update(name for name in files if formats.get(name) != "nm-columns")
+    return names
