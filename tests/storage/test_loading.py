@@ -243,7 +243,9 @@ def test_in_a_fresh_process(llama: tuple[Path, Path]) -> None:
 
 
 def test_transformers_alone_refuses(llama: tuple[Path, Path]) -> None:
-    """It must not start from random weights, which it does with quantized weights that it does not know."""
+    """It must not start from random weights, which it does with quantized weights that it does not know, and
+    it says whose they are."""
     done = in_fresh_process(ALONE, llama[1])
     assert done.returncode != 0
+    assert "Unknown quantization type, got secateur" in done.stderr
     assert "mismatched" in done.stderr.lower()
