@@ -171,7 +171,7 @@ def main() -> None:
     write_table("Packed weights end to end", HEADS, speed_rows(folders, seen), notes=notes, out=arguments.out)
     notes = (
         f"{len(SENTENCES)} prompts in one batch, {ANSWER} greedy tokens each: packed in memory against the "
-        "same files loaded dense."
+        "same files loaded dense. Where rounding decides between two tokens, those after it differ as well."
     )
     heads = ["model", "weights", "computed in", "equal tokens"]
     out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-tokens")

@@ -120,6 +120,13 @@ def test_bytes_of_a_bitmask_as_documented() -> None:
     assert row_offsets(parts["mask"]).tolist() == [0, 3, 4]
 
 
+def test_rows_begin_where_the_set_bits_of_those_before_end() -> None:
+    masks = torch.arange(256, dtype=torch.uint8).view(128, 2)
+    counts = [byte.bit_count() + (byte + 1).bit_count() for byte in range(0, 256, 2)]
+    assert row_offsets(masks).diff().tolist() == counts
+    assert row_offsets(torch.empty(0, 3, dtype=torch.uint8)).tolist() == [0]
+
+
 def test_bytes_of_two_of_four_as_documented() -> None:
     weight = torch.tensor([[0.0, 5, 0, 7, 1, 2, 0, 0, 0, 0, 0, 9]])
     parts = GroupsOfM.pack(weight, of=4, keep=2)

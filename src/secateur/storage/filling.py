@@ -16,7 +16,6 @@ from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.resolve import resolve
 from secateur.checkpoint.reader import Checkpoint
 from secateur.storage import kernels  # noqa: F401  (what computes from packed weights)
-from secateur.storage.formats import Packed
 from secateur.storage.nm import GroupsInColumns
 from secateur.storage.packed_experts import PackedExperts, packed_experts
 from secateur.storage.packed_linear import PackedLinear
@@ -97,8 +96,8 @@ class Filling:
                 continue
             if keep_packed and (experts := self._experts(place, module, parameter)):
                 model.set_submodule(path, experts)
-            elif keep_packed and (packed := self._linear(place, module)):
-                model.set_submodule(path, PackedLinear(packed, parameter, module.bias))
+            elif keep_packed and (linear := self._linear(place, module, parameter)):
+                model.set_submodule(path, linear)
             else:
                 parameter.data = self._unpacked(place).to(parameter.device, parameter.dtype)
 
@@ -112,15 +111,16 @@ class Filling:
             return None
         return packed_experts(self.checkpoint, self._layout, block, mixture, module, like)
 
-    def _linear(self, place: _Place, module: nn.Module) -> Packed | None:
-        """The (outputs, inputs) weight of a linear layer, if this is one and it can stay packed."""
-        if place.tied or len(place.files) != 1:
+    def _linear(self, place: _Place, module: nn.Module, like: nn.Parameter) -> PackedLinear | None:
+        """What takes the place of a linear layer, if this is one and its weight can stay packed."""
+        file, lying = place.files[0], type(module) is Conv1D
+        if place.tied or len(place.files) != 1 or not (lying or type(module) is nn.Linear):
             return None
-        if type(module) is nn.Linear:
-            return self.checkpoint.read_packed(place.files[0])
-        if type(module) is Conv1D and self.checkpoint.formats[place.files[0]] == GroupsInColumns.id:
-            return GroupsInColumns.swapped(self.checkpoint.read_packed(place.files[0]))
-        return None
+        if lying and self.checkpoint.formats[file] != GroupsInColumns.id:
+            return None
+        packed = self.checkpoint.read_packed(file)
+        bias = next((own for name, own in module.named_parameters() if name == "bias"), None)
+        return PackedLinear(GroupsInColumns.swapped(packed) if lying else packed, like, bias)
 
     def _unpacked(self, place: _Place) -> Tensor:
         stored = self.checkpoint.read(place.files)
