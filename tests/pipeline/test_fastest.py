@@ -18,7 +18,7 @@ from secateur.report.model import Report
 from secateur.report.verdict import rows, verdict
 from secateur.runtime import build
 from secateur.storage import kernels
-from secateur.storage.packed_linear import PackedLinear
+from secateur.storage.packed_linear import PackedLinear, unpack_and_multiply
 
 CPU = torch.device("cpu")
 HALF = {"method": "magnitude", "sparsity": 0.5, "evaluation_windows": 0, "check_loading": False}
@@ -126,6 +126,25 @@ def test_weights_that_it_takes(family: str, format: str, tmp_path: Path) -> None
 def test_other_devices(tmp_path: Path) -> None:
     opened = tiny("llama", tmp_path, format="bitmask")
     assert why_unpacked(opened, torch.bfloat16, torch.device("cuda")) == "the kernel is one for CPUs"
+
+
+def test_a_kernel_of_another_package_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = tiny("llama", tmp_path, torch.float32, format="bitmask")
+    monkeypatch.setitem(
+        kernels.KERNELS, "bitmask", lambda linear, inputs: unpack_and_multiply(linear, inputs)
+    )
+    assert why_unpacked(opened, torch.float32, CPU) is None
+    assert load_fastest(opened, torch.float32, CPU).words == "packed (that of bitmask)"
+    monkeypatch.delitem(kernels.KERNELS, "bitmask")
+    model = opened.load(torch.float32, CPU, packed=True)
+    assert kernels.kernel_of(model) == "none, bitmask is unpacked for every product"
+
+
+def test_factors_save_memory_and_no_time(tmp_path: Path) -> None:
+    options = {"block": 8, "iterations": 1, "store": "factors"}
+    opened = tiny("llama", tmp_path, torch.float16, method="armor", pattern="2:4", options=options)
+    assert why_unpacked(opened, torch.float32, CPU) == kernels.TAKEN
+    assert kernels.kernel_of(opened.load(torch.float32, CPU, packed=True)) == "that of armor"
 
 
 def test_routed_experts_are_unpacked_for_every_product(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.pipeline.opened import Opened
-from secateur.storage.kernels import computes_from, kernel_of, no_kernel, weight_bytes
+from secateur.storage.kernels import computes_from, has_own_kernel, kernel_of, no_kernel, weight_bytes
 
 __all__ = ["UNPACKED", "Loaded", "load_fastest", "why_unpacked"]
 
@@ -44,8 +44,10 @@ def why_unpacked(opened: Opened, dtype: torch.dtype, device: torch.device) -> st
     packed = [tensors[name] for name in opened.checkpoint.formats]
     if not packed:
         return ""
-    taken = [info for info in packed if computes_from(info, dtype)]
     half = sum(info.numel for info in packed) / 2
+    if sum(info.numel for info in packed if has_own_kernel(info.format)) > half:
+        return None
+    taken = [info for info in packed if computes_from(info, dtype)]
     if reason := no_kernel(device, taken=sum(info.numel for info in taken) > half):
         return reason
     return None if sum(info.numel for info in taken if info.name not in unpacked) > half else UNPACKED

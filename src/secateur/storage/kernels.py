@@ -16,6 +16,7 @@ __all__ = [
     "KERNELS",
     "compiled",
     "computes_from",
+    "has_own_kernel",
     "kernel_of",
     "kernel_words",
     "matrix_of",
@@ -24,6 +25,8 @@ __all__ = [
 ]
 
 STORED = (torch.bfloat16, torch.float16)
+UNPACKING = ("armor",)
+"""Formats whose kernels save memory, not time."""
 TAKEN = "the kernel takes 16-bit weights in bitmask or 2:4, computing in float32 or their own dtype"
 
 
@@ -55,9 +58,13 @@ def matrix_of(packed: PackedLinear) -> Matrix | None:
 
 def kernel_of(model: nn.Module) -> str | None:
     """What computes from the packed weights of a model, in a few words; None where it has none."""
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+    formats = sorted({module.format for module in model.modules() if isinstance(module, PackedLinear)})
+    if not formats:
         return None
-    return kernel_words() or f"none, packed weights are unpacked for every product: {why_missing()}"
+    if any(KERNELS.get(format) is compiled for format in formats):
+        return kernel_words() or f"none, packed weights are unpacked for every product: {why_missing()}"
+    own = [format for format in formats if format in KERNELS]
+    return f"that of {', '.join(own)}" if own else f"none, {formats[0]} is unpacked for every product"
 
 
 def kernel_words() -> str | None:
@@ -77,6 +84,11 @@ def computes_from(info: TensorInfo, dtype: torch.dtype) -> bool:
     columns = info.shape[1] if info.format == "nm" else info.shape[0]
     shapes = {part.name: part.shape for part in info.parts}
     return _two_of_four(shapes[f"{info.name}.values"], columns)
+
+
+def has_own_kernel(format: str) -> bool:
+    """Whether something else than the compiled kernel computes from a format, without unpacking all of it."""
+    return KERNELS.get(format, compiled) is not compiled and format not in UNPACKING
 
 
 def no_kernel(device: torch.device, *, taken: bool = True) -> str | None:
