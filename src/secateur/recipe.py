@@ -78,8 +78,8 @@ class Job(BaseModel):
 
     def check_format(self) -> None:
         """Raises `RecipeError` for a format that does not exist."""
-        if self.format != DENSE and self.format not in FORMATS:
-            names = [DENSE, *(name for name, format in FORMATS if format.exact)]
+        if self.format != DENSE and (self.format not in FORMATS or FORMATS.get(self.format).variant):
+            names = [DENSE, *(name for name, format in FORMATS if format.exact and not format.variant)]
             raise RecipeError(f"unknown format {self.format!r}", "", did_you_mean(self.format, names))
 
 

@@ -45,7 +45,15 @@ def test_structured_removal_is_smaller() -> None:
 
 def test_a_sparse_format_names_itself() -> None:
     words = effect("unstructured", 0.7, storage="compressed rows", bytes_before=100, bytes_after=60)
-    assert "compressed rows (100 bytes before, 60 bytes after)" in words
+    assert "compressed rows: 40.0% less on disk (100 bytes before, 60 bytes after)" in words
+    assert "memory and the time of the dense model" in words
+    assert "timed" not in words
+
+
+@pytest.mark.parametrize("loaded", ["packed (compiled, AVX2)", "dense (no C++ compiler)"])
+def test_what_packed_files_were_timed_as(loaded: str) -> None:
+    words = effect("2:4", 0.5, storage="nm", bytes_before=100, bytes_after=60, loaded=loaded)
+    assert f"timed {'kept ' if loaded.startswith('packed') else ''}{loaded}." in words
 
 
 def test_nothing_removed_says_so() -> None:

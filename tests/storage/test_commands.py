@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
 
 import secateur
 from secateur.checkpoint.reader import Checkpoint
@@ -106,6 +107,31 @@ def test_two_of_four(tmp_path: Path) -> None:
     assert len(infos) == 42
     values, kept = sum(info.nbytes for info in infos), sum(info.numel for info in infos)
     assert sum(info.stored_bytes for info in infos) == values // 2 + kept // 8 + 8 * 42 <= 0.57 * values
+
+
+@pytest.mark.parametrize(("family", "packed", "columns"), [("gpt2", 8, 8), ("gpt_oss", 12, 4)])
+def test_two_of_four_of_matrices_that_are_stored_transposed(
+    family: str, packed: int, columns: int, tmp_path: Path
+) -> None:
+    """Groups are along the inputs of a matrix, however it lies in the file; what was cut comes back."""
+    model = save_tiny(family, tmp_path / "model", dtype=torch.bfloat16)
+    for name in ("nm", "dense"):
+        secateur.prune(
+            model, tmp_path / name, method="magnitude", pattern="2:4", format=name, **QUICK
+        )  # fmt: skip
+    small = Checkpoint.open(tmp_path / "nm")
+    kinds = list(small.formats.values())
+    assert (len(kinds), kinds.count("nm-columns")) == (packed, columns)
+    infos = [small.tensors[name] for name in small.formats]
+    assert all(info.stored_bytes == info.nbytes * 9 // 16 + 8 for info in infos)
+    planned = secateur.plan(model, method="magnitude", pattern="2:4", format="nm")["bytes_after"]
+    assert small.nbytes == planned + 8 * packed
+    secateur.export(tmp_path / "nm", tmp_path / "back", format="dense")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "dense" / file).read_bytes()
+    expected = logits(load(tmp_path / "dense", dtype=torch.float32))
+    for mode in ("dense", "packed"):
+        assert logits(load(tmp_path / "nm", mode, dtype=torch.float32)).equal(expected)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2"])
@@ -263,6 +289,7 @@ def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str], *fragments:
     [
         (["--format", "zip"], ["unknown format 'zip'", "known: bitmask, dense, nm"]),
         (["--format", "bitmas"], ["did you mean 'bitmask'?"]),
+        (["--format", "nm-columns"], ["unknown format 'nm-columns'", "known: bitmask, dense, nm"]),
         (["--format", "nm"], ["format nm with pattern unstructured", "use --format bitmask"]),
     ],
 )

@@ -296,10 +296,22 @@ class TestPacker:
         weights = {
             "a": keep_n_of_m(with_zeros((128, 128), torch.bfloat16, 0), 2, 4),
             "b": with_zeros((128, 128), torch.bfloat16, 0.3),
-            "c": with_zeros((128, 127), torch.bfloat16, 0.9),
+            "c": with_zeros((127, 127), torch.bfloat16, 0.9),
         }
         packed = Packer("nm")(weights)
         assert [isinstance(packed[name], Packed) for name in "abc"] == [True, False, False]
+
+    @pytest.mark.parametrize(("keep", "of"), [(2, 4), (1, 16)])
+    def test_nm_finds_the_axis_of_its_groups(self, keep: int, of: int) -> None:
+        """With few weights left there are groups along both axes: those that take fewer bytes count."""
+        rows = keep_n_of_m(with_zeros((128, 512), torch.bfloat16, 0), keep, of)
+        found = Packer("nm")({"rows": rows, "columns": rows.T.contiguous()})
+        assert [tensor.format for tensor in found.values() if isinstance(tensor, Packed)] == [
+            "nm",
+            "nm-columns",
+        ]
+        assert found["rows"].nbytes == found["columns"].nbytes
+        assert same_bits(found["columns"].unpack(), rows.T.contiguous())  # type: ignore[union-attr]
 
     @pytest.mark.parametrize(("zeros", "expected"), [(0.9, True), (0.0, False)])
     def test_experts_all_or_none(self, zeros: float, expected: bool) -> None:
@@ -310,6 +322,15 @@ class TestPacker:
         }
         packed = Packer("bitmask")(experts)
         assert {isinstance(tensor, Packed) for tensor in packed.values()} == {expected}
+
+    def test_biases_of_experts_and_experts_in_one_tensor_are_judged_alone(self) -> None:
+        sparse, full = (with_zeros((4, 64, 64), torch.bfloat16, zeros) for zeros in (0.9, 0.0))
+        names = ["experts.up_proj", "experts.up_proj_bias", "experts.0.up.weight", "experts.0.up.bias"]
+        tensors = dict(
+            zip((f"mlp.{name}" for name in names), (sparse, full[0], sparse[0], full[0, 0]), strict=True)
+        )
+        packed = Packer("bitmask")(tensors)
+        assert [isinstance(tensor, Packed) for tensor in packed.values()] == [True, False, True, False]
 
     def test_what_is_packed_stays(self) -> None:
         own = Packed.of(keep_n_of_m(with_zeros((128, 128), torch.bfloat16, 0), 2, 4), "nm")

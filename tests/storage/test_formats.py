@@ -14,7 +14,7 @@ from secateur.core.errors import CheckpointError, InputError, RecipeError
 from secateur.storage.bitmask import Bitmask, row_offsets
 from secateur.storage.bits import PIECE, gather, spread
 from secateur.storage.formats import FORMATS, Packed
-from secateur.storage.nm import GroupsOfM
+from secateur.storage.nm import GroupsInColumns, GroupsOfM
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SPECIAL = (0.0, -0.0, float("inf"), float("nan"), 1e-40)
@@ -84,6 +84,29 @@ def test_any_number_of_axes(format: str, shape: tuple[int, ...]) -> None:
     assert same_bits(Packed.of(weight, format).unpack(), weight)
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (16, 6), (4, 5), (3, 8, 5)])
+def test_groups_in_columns_are_those_of_the_transposed_tensor(shape: tuple[int, ...]) -> None:
+    weight = keep_n_of_m(with_zeros(shape, torch.bfloat16, 0.2).mT.contiguous(), 2, 4).mT.contiguous()
+    packed = Packed.of(weight, "nm-columns", of=4, keep=2)
+    rows = Packed.of(weight.mT, "nm", of=4, keep=2)
+    assert all(packed.parts[name].equal(part) for name, part in rows.parts.items())
+    assert same_bits(Packed.read("x", "nm-columns", packed.stored("x")).unpack(), weight)
+    swapped = GroupsInColumns.swapped(packed)
+    assert swapped.shape == weight.mT.shape
+    assert same_bits(swapped.unpack(), weight.mT.contiguous())
+
+
+def test_groups_in_columns_need_columns() -> None:
+    with pytest.raises(InputError, match="1 axes"):
+        Packed.of(torch.ones(8), "nm-columns")
+    parts = GroupsOfM.pack(keep_n_of_m(with_zeros((6, 8), torch.float32, 0), 2, 4))
+    GroupsInColumns.check(parts, "w", (8, 6))
+    with pytest.raises(CheckpointError, match="'w' is damaged: its values of"):
+        GroupsInColumns.check(parts, "w", (6, 8))
+    with pytest.raises(CheckpointError, match="'w' is damaged: groups in columns need two axes"):
+        GroupsInColumns.check(parts, "w", (48,))
+
+
 def test_strided_weights() -> None:
     weight = with_zeros((16, 12), torch.float32, 0.5).T
     assert same_bits(Packed.of(weight, "bitmask").unpack(), weight)
@@ -95,6 +118,13 @@ def test_bytes_of_a_bitmask_as_documented() -> None:
     assert parts["mask"].tolist() == [[0b00001001, 1], [0b10000000, 0]]
     assert parts["values"].tolist() == [1, 2, 3, 4]
     assert row_offsets(parts["mask"]).tolist() == [0, 3, 4]
+
+
+def test_rows_begin_where_the_set_bits_of_those_before_end() -> None:
+    masks = torch.arange(256, dtype=torch.uint8).view(128, 2)
+    counts = [byte.bit_count() + (byte + 1).bit_count() for byte in range(0, 256, 2)]
+    assert row_offsets(masks).diff().tolist() == counts
+    assert row_offsets(torch.empty(0, 3, dtype=torch.uint8)).tolist() == [0]
 
 
 def test_bytes_of_two_of_four_as_documented() -> None:

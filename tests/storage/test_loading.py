@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import save_tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -73,6 +74,23 @@ def test_two_of_four(tmp_path: Path) -> None:
     model = load(tmp_path / "packed", "packed")
     assert {module.format for module in packed_modules(model)} == {"nm"}
     assert logits(model).equal(logits(load(tmp_path / "dense")))
+
+
+def test_transposed_matrices_stay_packed_in_two_of_four(tmp_path: Path) -> None:
+    model = save_tiny("gpt2", tmp_path / "model", dtype=torch.bfloat16)
+    secateur.prune(
+        model, tmp_path / "packed", method="magnitude", pattern="2:4", format="nm",
+        evaluation_windows=0, measure_speed=False, check_loading=False,
+    )  # fmt: skip
+    kept = load(tmp_path / "packed", "packed", dtype=torch.float32)
+    linears = packed_modules(kept)
+    assert len(linears) == 8
+    assert all(linear.format == "nm" and linear.bias is not None for linear in linears)
+    one = kept.transformer.h[0].mlp.c_fc
+    assert (one.in_features, one.out_features) == (64, 256)
+    dense = load(tmp_path / "packed", dtype=torch.float32)
+    tokens = [found.generate(IDS[:, :8], max_new_tokens=24, do_sample=False) for found in (dense, kept)]
+    assert tokens[0].equal(tokens[1])
 
 
 def test_shards(llama: tuple[Path, Path], tmp_path: Path) -> None:
@@ -225,7 +243,9 @@ def test_in_a_fresh_process(llama: tuple[Path, Path]) -> None:
 
 
 def test_transformers_alone_refuses(llama: tuple[Path, Path]) -> None:
-    """It must not start from random weights, which it does with quantized weights that it does not know."""
+    """It must not start from random weights, which it does with quantized weights that it does not know, and
+    it says whose they are."""
     done = in_fresh_process(ALONE, llama[1])
     assert done.returncode != 0
+    assert "Unknown quantization type, got secateur" in done.stderr
     assert "mismatched" in done.stderr.lower()

@@ -56,11 +56,15 @@ class Format(ABC):
         id: name on the command line, in config.json and in the files.
         parts: the parts that a packed tensor of this format always has.
         exact: `unpack` gives back what `pack` was given; others are for methods that round.
+        others: formats that serve tensors which this one does not make smaller, where this one is asked for.
+        variant: it is among the `others` of a format, and not asked for by itself.
     """
 
     id: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     exact: ClassVar[bool] = True
+    others: ClassVar[tuple[str, ...]] = ()
+    variant: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -102,6 +106,7 @@ FORMATS: Registry[type[Format]] = Registry(
     {
         "bitmask": "secateur.storage.bitmask",
         "nm": "secateur.storage.nm",
+        "nm-columns": "secateur.storage.nm",
         "armor": "secateur.storage.armor",
         "low-bit": "secateur.storage.low_bit",
     },

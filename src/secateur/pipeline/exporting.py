@@ -71,7 +71,7 @@ def export(
     'llama'
     """
     started = time.perf_counter()
-    known = (GGUF, DENSE, *(name for name, packed in FORMATS if packed.exact))
+    known = (GGUF, DENSE, *(name for name, form in FORMATS if form.exact and not form.variant))
     if format not in known:
         raise InputError(f"format {format!r}", " or ".join(known))
     if format == GGUF:

@@ -25,7 +25,7 @@ from secateur.pipeline.state import Outcome
 from secateur.pipeline.verify import Verdict
 from secateur.recipe import Recipe
 from secateur.report.effect import effect
-from secateur.report.model import Calibration, Machine, Protocol, Report, Storage, Structure, Visits
+from secateur.report.model import Calibration, Machine, Protocol, Report, Runtime, Storage, Structure, Visits
 
 __all__ = ["Sizes", "build_report", "digest", "running_costs", "storage_facts", "structure_facts", "versions"]
 
@@ -126,12 +126,14 @@ def build_report(
             recipe.pattern, sparsity, removes=method.removes,
             storage=storage.format if storage and storage.tensors_packed else DENSE,
             bytes_before=sizes.bytes_before, bytes_after=sizes.bytes_after,
+            loaded=verdict.runtime["after"] if verdict.runtime else None,
         ),
         loads_in=loads_in or {},
         budget=recipe.budget,
         structure=None if structure is None else Structure.model_validate(structure),
         precision=outcome.precision,
         storage=storage,
+        runtime=Runtime(**verdict.runtime) if verdict.runtime else None,
         layers=outcome.layers,
         blocks=outcome.blocks,
         warnings=[*outcome.warnings, *_not_packed(storage)],

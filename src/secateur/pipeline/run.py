@@ -16,6 +16,7 @@ from secateur.evaluation.quality import compare_quality, perplexity, protocol_of
 from secateur.evaluation.speed import compare_speed, measure_speed
 from secateur.evaluation.tasks import run_tasks
 from secateur.pipeline.data import load_windows_for
+from secateur.pipeline.fastest import why_unpacked
 from secateur.pipeline.mending.recover import recover_checkpoint
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
 from secateur.pipeline.prune import prune_checkpoint
@@ -24,7 +25,7 @@ from secateur.recipe import Calibration, Recipe, RecoveryRecipe, parse
 from secateur.report.compare import compare as draw
 from secateur.report.files import write_text
 from secateur.report.model import Report
-from secateur.storage.kernels import KERNELS, kernel_of, weight_bytes
+from secateur.storage.kernels import kernel_of, weight_bytes
 
 __all__ = ["bench", "compare", "evaluate", "prune", "recover"]
 
@@ -193,7 +194,8 @@ def bench(
 
     Args:
         packed: keep weights packed in memory that are so in the files; by default on a CPU where a kernel
-            computes from them. `kernel` in the result says what did, None where all weights are dense.
+            computes from most of them. `kernel` in the result says what did, or why none; None where no
+            weights are packed.
 
     Raises:
         InputError: a model that cannot be loaded.
@@ -201,12 +203,12 @@ def bench(
     chosen = choose_device(device)
     opened = open_model(model)
     precision = choose_dtype(dtype, chosen, opened.stored_dtype)
-    loaded = opened.load(precision, chosen, packed=_keeps_packed(opened, packed, chosen))
+    loaded, kernel = _loaded(opened, precision, chosen, packed)
     result: dict[str, Any] = {
         "model": str(model),
         "bytes": opened.checkpoint.nbytes,
         "weight_bytes": weight_bytes(loaded),
-        "kernel": kernel_of(loaded),
+        "kernel": kernel,
         "machine": machine_facts(),
         "dtype": str(precision).removeprefix("torch."),
         "repeats": repeats,
@@ -217,7 +219,7 @@ def bench(
         ).as_dict()
     else:
         other = open_model(against)
-        rival = other.load(precision, chosen, packed=_keeps_packed(other, packed, chosen))
+        rival, its_kernel = _loaded(other, precision, chosen, packed)
         both = compare_speed(
             loaded,
             rival,
@@ -228,17 +230,20 @@ def bench(
         )
         result |= {
             "against": str(against), "bytes_against": other.checkpoint.nbytes,
-            "weight_bytes_against": weight_bytes(rival), "kernel": result["kernel"] or kernel_of(rival),
+            "weight_bytes_against": weight_bytes(rival), "kernel": kernel or its_kernel,
             **both.as_dict(),
         }  # fmt: skip
     result["peak_memory_bytes"] = peak_memory_bytes()
     return result
 
 
-def _keeps_packed(opened: Opened, asked: bool | None, device: torch.device) -> bool:
-    if asked is None:
-        return device.type == "cpu" and not KERNELS.keys().isdisjoint(opened.checkpoint.formats.values())
-    return asked
+def _loaded(
+    opened: Opened, dtype: torch.dtype, device: torch.device, packed: bool | None
+) -> tuple[PreTrainedModel, str | None]:
+    """A model, and what computes from its packed weights: None where all are dense and should be."""
+    reason = why_unpacked(opened, dtype, device) if packed is None else None
+    model = opened.load(dtype, device, packed=reason is None if packed is None else packed)
+    return model, f"none, loaded dense: {reason}" if reason else kernel_of(model)
 
 
 def compare(runs: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from secateur.evaluation.memory import available_memory_bytes
 from secateur.evaluation.quality import compare_quality, protocol_of
 from secateur.evaluation.speed import compare_speed
 from secateur.pipeline.data import RunData
+from secateur.pipeline.fastest import load_fastest
 from secateur.pipeline.opened import Opened
 from secateur.recipe import Job
 
@@ -29,12 +30,13 @@ QUALITY_KEYS = ("perplexity_before", "perplexity_after", "kl_divergence", "top1_
 @dataclass
 class Verdict:
     """Values for the report, and a reason for each that was not measured; `visits` of the experts of the
-    dense and of the pruned model, where they have any."""
+    dense and of the pruned model, where they have any; `runtime` says how both were loaded to be timed."""
 
     values: dict[str, Any] = field(default_factory=dict)
     not_measured: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] | None = None
     visits: dict[str, Any] | None = None
+    runtime: dict[str, Any] | None = None
 
 
 def verify(
@@ -99,8 +101,15 @@ def _speed(
     if reason:
         verdict.not_measured |= dict.fromkeys(SPEED_KEYS, reason)
         return
-    dense, pruned = (model.load(dtype, device) for model in models)
-    speed = compare_speed(pruned, dense, batch_sizes=(1,), repeats=3, new_tokens=16)
+    dense, pruned = (load_fastest(model, dtype, device) for model in models)
+    speed = compare_speed(pruned.model, dense.model, batch_sizes=(1,), repeats=3, new_tokens=16)
+    verdict.runtime = {
+        "before": dense.words,
+        "after": pruned.words,
+        "dtype": str(dtype).removeprefix("torch."),
+        "weight_bytes_before": dense.weight_bytes,
+        "weight_bytes_after": pruned.weight_bytes,
+    }
     verdict.values |= {
         "prefill_tokens_per_second_before": speed.b.prefill(1),
         "prefill_tokens_per_second_after": speed.a.prefill(1),

@@ -45,6 +45,8 @@ _STOCK = "It is an ordinary checkpoint: whatever loads the dense model loads thi
 _OWN_CODE = """Its blocks are not those of a stock class: `modeling_secateur.py` beside the weights builds
 them. Put `import secateur` before this, or pass `trust_remote_code=True` after reading that file."""
 _PACKED = """Its weights are packed: transformers reads them after `import secateur`, other engines do not.
+Loaded as below they are unpacked; `quantization_config=secateur.SecateurQuantizationConfig(mode="packed")`
+keeps them packed, which takes less memory and, where a kernel computes from them, can take less time.
 `secateur export FOLDER --format dense -o OUT` writes ordinary files that are equal bit for bit."""
 _LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

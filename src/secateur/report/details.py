@@ -73,12 +73,13 @@ def _bits(report: Report) -> Pairs:
 
 
 def _storage(report: Report) -> Pairs:
-    """How many tensors are packed, and what they would take otherwise."""
-    stored = report.storage
+    """How many tensors are packed, what they take unpacked, and how the model was loaded to be timed."""
+    stored, runtime = report.storage, report.runtime
+    timed: Pairs = [("Timed", runtime.after)] if runtime else []
     if stored is None:
-        return []
+        return timed
     counts = f"{stored.tensors_packed} tensors packed, {stored.tensors_plain} as they are"
-    return [("Stored as", f"{stored.format}: {counts}; {size(stored.dense_bytes)} unpacked")]
+    return [("Stored as", f"{stored.format}: {counts}; {size(stored.dense_bytes)} unpacked"), *timed]
 
 
 def _stages(report: Report) -> Pairs:

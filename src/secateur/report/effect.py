@@ -24,6 +24,7 @@ def effect(
     storage: str = "dense",
     bytes_before: int | None = None,
     bytes_after: int | None = None,
+    loaded: str | None = None,
 ) -> str:
     """A few sentences on size and speed.
 
@@ -33,6 +34,7 @@ def effect(
         removes: the unit that goes, as the method declares it; all but `single weights` shrink matrices.
         storage: `dense` when zeros are stored like other numbers, else the name of the format.
         bytes_before, bytes_after: size of the weight files, measured or planned.
+        loaded: of a result that was timed: `dense` or `packed`, and with what or why.
 
     Raises `RecipeError` for a pattern that does not exist.
     """
@@ -60,10 +62,7 @@ def effect(
     elif removes != "single weights":
         sentences = _structured(removes, sparsity, sizes)
     elif storage != "dense":
-        sentences = [
-            f"Zeros stored as {storage}{sizes}: the file leaves them out.",
-            f"It is faster only in a runtime that computes on {storage} directly.",
-        ]
+        sentences = _packed(storage, bytes_before, bytes_after, sizes, loaded)
     else:
         sentences = _zeros(Pattern.parse(str(pattern)), sizes if "and after" in sizes else "")
     return " ".join([*sentences, ADVICE])
@@ -83,6 +82,21 @@ def _structured(removes: str, sparsity: float, sizes: str) -> list[str]:
         f"the matrices themselves are smaller, and so is the file{sizes}.",
         "Any runtime that loads the model does less arithmetic; how much faster depends on the machine.",
     ]
+
+
+def _packed(storage: str, before: int | None, after: int | None, sizes: str, loaded: str | None) -> list[str]:
+    less = ""
+    if before and after is not None and after < before:
+        less = f": {percent(1 - after / before)} less on disk"
+    sentences = [
+        f"Zeros are left out of the files, stored as {storage}{less}{sizes}.",
+        "Unpacked while it loads, as is the default, it takes the memory and the time of the dense model.",
+        'Kept packed (`SecateurQuantizationConfig(mode="packed")`) it takes less memory, and is faster only '
+        "where a kernel computes from packed weights.",
+    ]
+    if loaded is not None:
+        sentences.append(f"It was timed {loaded.replace('packed', 'kept packed', 1)}.")
+    return sentences
 
 
 def _zeros(pattern: Pattern, sizes: str) -> list[str]:

@@ -28,6 +28,7 @@ __all__ = [
     "Protocol",
     "Recovery",
     "Report",
+    "Runtime",
     "Stage",
     "Structure",
     "Uniform",
@@ -241,6 +242,20 @@ class Storage(_Part):
     dense_bytes: Count
 
 
+class Runtime(_Part):
+    """How the two models were loaded to be timed: `dense`, `packed` with what computes from packed weights,
+    or `dense` with why packed weights were unpacked.
+
+    `weight_bytes_*` is the memory of parameters and buffers, `dtype` that of activations and dense weights.
+    """
+
+    before: Text
+    after: Text
+    dtype: str
+    weight_bytes_before: Count
+    weight_bytes_after: Count
+
+
 class Recovery(_Part):
     """How a model was mended.
 
@@ -319,6 +334,7 @@ class Report(_Part):
     stages: list[Stage] = Field(default_factory=list)
     recovery: Recovery | None = None
     storage: Storage | None = None
+    runtime: Runtime | None = None
     warnings: list[Text] = Field(default_factory=list)
     not_measured: dict[str, str] = Field(default_factory=dict)
 

@@ -88,6 +88,17 @@ def _pair(report: Report, measure: _Measure) -> Row:
     return replace(row, change=change(before, after), outcome=_outcome(measure, before, after))
 
 
+def _in_memory(report: Report) -> list[Row]:
+    """Memory of the weights, where the models were loaded."""
+    if report.runtime is None:
+        return []
+    before, after = float(report.runtime.weight_bytes_before), float(report.runtime.weight_bytes_after)
+    label = f"Weights in memory, in {report.runtime.dtype}"
+    measure = _Measure("weight_bytes", label, size, True, 0.005)
+    words = change(before, after), _outcome(measure, before, after)
+    return [Row(measure.key, measure.label, before, after, size, *words)]
+
+
 def _against_dense(report: Report, measure: _Measure) -> Row:
     after = getattr(report, measure.key)
     perfect = 0.0 if measure.lower_is_better else 1.0
@@ -112,7 +123,9 @@ def rows(report: Report) -> list[Row]:
     """The before/after table: size first, then quality, then speed."""
     pairs = [_pair(report, measure) for measure in _PAIRS]
     return [
-        *pairs[:4],
+        *pairs[:1],
+        *_in_memory(report),
+        *pairs[1:4],
         *_recovered(report),
         *(_against_dense(report, measure) for measure in _TO_DENSE),
         *pairs[4:],
@@ -123,6 +136,8 @@ def verdict(report: Report) -> str:
     """One sentence: what was done, what was gained, what was lost."""
     table = {row.key: row for row in rows(report)}
     speed, quality = _speed(table), _quality(table)
+    if speed:
+        speed += _how_loaded(report)
     if not speed and not quality:
         return f"{_deed(report)}: {_file(table['bytes'])}, and neither speed nor quality was measured."
     claims = f"{speed or 'speed was not measured'}, and {quality or 'quality was not measured'}"
@@ -176,6 +191,12 @@ def _speed(table: dict[str, Row]) -> str:
         return f"{' and '.join(known)} {'are' if len(known) > 1 else 'is'} as fast as before"
     words = {"better": "faster", "worse": "slower", "same": "as fast as before"}
     return " and ".join(f"{word} is {words[row.outcome]} ({row.change})" for word, row in known.items())
+
+
+def _how_loaded(report: Report) -> str:
+    """Of packed files that were timed, what their speed is the speed of."""
+    packed = report.storage is not None and report.storage.tensors_packed > 0
+    return f", loaded {report.runtime.after}" if packed and report.runtime else ""
 
 
 def _quality(table: dict[str, Row]) -> str:

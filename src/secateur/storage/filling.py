@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.resolve import resolve
 from secateur.checkpoint.reader import Checkpoint
 from secateur.storage import kernels  # noqa: F401  (what computes from packed weights)
+from secateur.storage.nm import GroupsInColumns
 from secateur.storage.packed_experts import PackedExperts, packed_experts
 from secateur.storage.packed_linear import PackedLinear
 
@@ -81,7 +83,8 @@ class Filling:
 
         Args:
             keep_packed: let linear layers and routed experts keep their weights packed; what is neither, is
-                tied or, in a linear layer, is made of several tensors is unpacked.
+                tied or, in a linear layer, is made of several tensors is unpacked, and so is what is stored
+                transposed in another format than `nm-columns`.
         """
         for name, parameter in list(model.named_parameters()):
             place = self.place_of(name)
@@ -93,9 +96,8 @@ class Filling:
                 continue
             if keep_packed and (experts := self._experts(place, module, parameter)):
                 model.set_submodule(path, experts)
-            elif keep_packed and type(module) is nn.Linear and not place.tied and len(place.files) == 1:
-                packed = self.checkpoint.read_packed(place.files[0])
-                model.set_submodule(path, PackedLinear(packed, parameter, module.bias))
+            elif keep_packed and (linear := self._linear(place, module, parameter)):
+                model.set_submodule(path, linear)
             else:
                 parameter.data = self._unpacked(place).to(parameter.device, parameter.dtype)
 
@@ -108,6 +110,17 @@ class Filling:
         if mixture is None or place.own not in {matrix.parameter for matrix in mixture.stacks}:
             return None
         return packed_experts(self.checkpoint, self._layout, block, mixture, module, like)
+
+    def _linear(self, place: _Place, module: nn.Module, like: nn.Parameter) -> PackedLinear | None:
+        """What takes the place of a linear layer, if this is one and its weight can stay packed."""
+        file, lying = place.files[0], type(module) is Conv1D
+        if place.tied or len(place.files) != 1 or not (lying or type(module) is nn.Linear):
+            return None
+        if lying and self.checkpoint.formats[file] != GroupsInColumns.id:
+            return None
+        packed = self.checkpoint.read_packed(file)
+        bias = next((own for name, own in module.named_parameters() if name == "bias"), None)
+        return PackedLinear(GroupsInColumns.swapped(packed) if lying else packed, like, bias)
 
     def _unpacked(self, place: _Place) -> Tensor:
         stored = self.checkpoint.read(place.files)

@@ -9,6 +9,9 @@ Parts of a tensor with R rows (all axes but the last) of G groups of M = C / G c
 
 Bits an element: (N / M) * (bits of dtype + b); 2:4 in bfloat16 takes 9 of 16. For 4:8 and others with long
 places `bitmask` takes less. What is not stored is +0.0; the result equals the input bit for bit.
+
+`nm-columns` is the same of a tensor whose last two axes are swapped: groups of inputs lie in the columns of
+matrices that are stored as (inputs, outputs). `--format nm` takes whichever finds them.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ from secateur.storage.bits import (
     spread,
     unpack_bits,
 )
-from secateur.storage.formats import FORMATS, Format, refused
+from secateur.storage.formats import FORMATS, Format, Packed, refused
 
-__all__ = ["GroupsOfM"]
+__all__ = ["GroupsInColumns", "GroupsOfM"]
 
 SIZES = (2, 4, 8, 16, 32)
 """Sizes of groups that are tried where none is given."""
@@ -46,6 +49,7 @@ class GroupsOfM(Format):
 
     id: ClassVar[str] = "nm"
     parts: ClassVar[tuple[str, ...]] = ("values", "indices")
+    others: ClassVar[tuple[str, ...]] = ("nm-columns",)
 
     @classmethod
     def pack(
@@ -117,6 +121,41 @@ class GroupsOfM(Format):
         rows, columns = rows_and_columns(shape)
         kept = rows * columns * pattern.keep // pattern.of
         return kept * itemsize - (-kept * _width(pattern.of) // 8)
+
+
+@FORMATS.register("nm-columns")
+class GroupsInColumns(Format):
+    """Groups of M consecutive elements of a column: the parts are those of the transposed tensor in `nm`."""
+
+    id: ClassVar[str] = "nm-columns"
+    parts: ClassVar[tuple[str, ...]] = GroupsOfM.parts
+    variant: ClassVar[bool] = True
+
+    @classmethod
+    def pack(cls, weight: Tensor, **meta: Any) -> dict[str, Tensor]:
+        """As `GroupsOfM.pack`. Raises `InputError` also for a tensor without columns."""
+        if weight.ndim < 2:
+            raise InputError(f"a tensor of {weight.ndim} axes", "at least two", "keep it as it is")
+        return GroupsOfM.pack(weight.mT, **meta)
+
+    @classmethod
+    def unpack(cls, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return GroupsOfM.unpack(parts, _swapped(shape), dtype).mT.contiguous()
+
+    @classmethod
+    def check(cls, parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2:
+            raise refused(name, f"groups in columns need two axes, and it is of {shape}")
+        GroupsOfM.check(parts, name, _swapped(shape))
+
+    @classmethod
+    def swapped(cls, packed: Packed) -> Packed:
+        """The tensor with its last two axes swapped, which has the same parts in `nm`."""
+        return Packed(GroupsOfM.id, _swapped(packed.shape), packed.dtype, packed.parts)
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _width(size: int) -> int:

@@ -14,7 +14,7 @@ __all__ = ["KERNELS", "Kernel", "PackedLinear", "unpack_and_multiply"]
 
 
 class PackedLinear(nn.Module):
-    """Takes the place of an `nn.Linear`.
+    """Takes the place of an `nn.Linear`, or of a `Conv1D` of transformers, which is one stored transposed.
 
     Attributes:
         format: id of the format of the weight.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ __all__ = ["Packer", "packer_for"]
 
 ENTRIES_BYTES = 512
 """What the entries of a packed tensor take in the header of a file, about."""
+CORNER = 256
+"""Rows and columns by which formats are compared."""
 
 
 def packer_for(format: str) -> Packer | None:
@@ -35,13 +38,14 @@ class Packer:
     """
 
     def __init__(self, format: str) -> None:
-        if not FORMATS.get(format).exact:
+        asked = FORMATS.get(format)
+        if not asked.exact:
             raise RecipeError(
                 f"format {format!r}, which rounds",
                 "a format of weights with zeros",
                 "use --method mc-moe or armor",
             )
-        self.format = format
+        self._formats = (format, *asked.others)
 
     def __call__(self, tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:
         groups: dict[str, dict[str, Tensor | Packed]] = defaultdict(dict)
@@ -54,17 +58,37 @@ class Packer:
 
     def _smaller(self, group: dict[str, Tensor | Packed]) -> Mapping[str, Tensor | Packed]:
         """All packed, or as they are where that takes no more bytes or cannot be."""
-        try:
-            packed = {name: self._packed(tensor) for name, tensor in group.items()}
-        except InputError:
-            return group
         plain_bytes = sum(tensor.nbytes for tensor in group.values())
-        return packed if sum(one.nbytes + ENTRIES_BYTES for one in packed.values()) < plain_bytes else group
+        for format in self._likeliest_first(next(iter(group.values()))):
+            try:
+                packed = {name: _packed(tensor, format) for name, tensor in group.items()}
+            except InputError:
+                continue
+            if sum(one.nbytes + ENTRIES_BYTES for one in packed.values()) < plain_bytes:
+                return packed
+        return group
 
-    def _packed(self, tensor: Tensor | Packed) -> Packed:
-        return tensor if isinstance(tensor, Packed) else Packed.of(tensor, self.format)
+    def _likeliest_first(self, tensor: Tensor | Packed) -> Sequence[str]:
+        """The formats by the bytes that a corner of a tensor takes: packing the whole of it takes long."""
+        if isinstance(tensor, Packed) or tensor.ndim < 2 or len(self._formats) == 1:
+            return self._formats
+        corner = tensor[..., :CORNER, :CORNER]
+        return sorted(self._formats, key=lambda format: _bytes(corner, format))
+
+
+def _bytes(tensor: Tensor, format: str) -> float:
+    try:
+        return Packed.of(tensor, format).nbytes
+    except InputError:
+        return math.inf
+
+
+def _packed(tensor: Tensor | Packed, format: str) -> Packed:
+    return tensor if isinstance(tensor, Packed) else Packed.of(tensor, format)
 
 
 def _group(name: str) -> str:
-    before, experts, _ = name.partition(".experts.")
-    return before + experts if experts else name
+    """One for all experts that lie in tensors of their own, their biases apart."""
+    before, experts, own = name.partition(".experts.")
+    number, _, rest = own.partition(".")
+    return f"{before}{experts}{rest.rpartition('.')[2]}" if number.isdigit() else name

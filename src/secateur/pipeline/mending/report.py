@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from secateur.checkpoint.packing import config_entry
+from secateur.checkpoint.reader import Checkpoint
 from secateur.evaluation.memory import machine_facts, peak_memory_bytes
 from secateur.evaluation.quality import perplexity
 from secateur.pipeline.loadable import found_to_load
@@ -14,13 +16,27 @@ from secateur.pipeline.mending.data import RecoveryData
 from secateur.pipeline.mending.training import Mended, Mending, count_zeros
 from secateur.pipeline.opened import Opened, choose_dtype
 from secateur.pipeline.record import digest, storage_facts, versions
-from secateur.pipeline.verify import verify
-from secateur.report.model import FILE_NAME, RECOVERY, Look, Machine, Protocol, Recovery, Report, Stage
+from secateur.pipeline.verify import Verdict, verify
+from secateur.report.effect import effect
+from secateur.report.model import (
+    FILE_NAME,
+    RECOVERY,
+    Look,
+    Machine,
+    Protocol,
+    Recovery,
+    Report,
+    Runtime,
+    Stage,
+)
 
 __all__ = ["earlier_stages", "recovery_report"]
 
 EFFECT = "Training changed values, not shapes: the files are as large and the model as fast as before it."
-
+UNPACKED = (
+    "Training changed values, not shapes or zeros: packed files came in, and these are dense. "
+    "`secateur export MODEL --format bitmask -o OUT` packs them again."
+)
 LOSS = "squared error of the residual stream after the matrix, relative to the dense one, on text kept back"
 
 
@@ -56,7 +72,7 @@ def recovery_report(
     if data.run.evaluation is not None:
         source = job.opened.source(job.device, dtype)
         given = perplexity(source, data.run.evaluation, progress=job.progress)
-    before, after = dense.checkpoint, recovered.checkpoint
+    before, after, zeros = dense.checkpoint, recovered.checkpoint, count_zeros(recovered)
     missing = dict(verdict.not_measured)
     peak = peak_memory_bytes()
     if peak is None:
@@ -73,7 +89,7 @@ def recovery_report(
         parameters_before=before.parameters,
         parameters_after=after.parameters,
         nonzero_parameters_before=before.parameters - count_zeros(dense),
-        nonzero_parameters_after=after.parameters - count_zeros(recovered),
+        nonzero_parameters_after=after.parameters - zeros,
         bytes_before=before.nbytes,
         bytes_after=after.nbytes,
         **verdict.values,
@@ -86,16 +102,30 @@ def recovery_report(
         date=datetime.now(timezone.utc),
         command=command,
         fingerprint=digest(fingerprint),
-        effect=EFFECT,
+        effect=_effect(job.opened.checkpoint, after, zeros, verdict),
         loads_in=found_to_load(recovered, try_it=job.recipe.check_loading),
         loss_definition=LOSS,
         layers=mended.layers,
         recovery=_recovery(job, data, mended, given),
         storage=storage_facts(after, job.recipe.format),
+        runtime=Runtime(**verdict.runtime) if verdict.runtime else None,
         warnings=mended.warnings,
         not_measured=missing,
     )
     return report.model_copy(update={"stages": [*stages, report.as_stage()] if stages else []})
+
+
+def _effect(given: Checkpoint, recovered: Checkpoint, zeros: int, verdict: Verdict) -> str:
+    if not recovered.formats:
+        return UNPACKED if given.formats else EFFECT
+    return effect(
+        "unstructured",
+        zeros / recovered.parameters,
+        storage=config_entry(recovered.formats)["format"],
+        bytes_before=recovered.dense_nbytes,
+        bytes_after=recovered.nbytes,
+        loaded=verdict.runtime["after"] if verdict.runtime else None,
+    )
 
 
 def _recovery(job: Mending, data: RecoveryData, mended: Mended, given: float | None) -> Recovery:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from secateur.experts.precision import PrecisionMethod
 from secateur.formats.loads_in import loads_in
 from secateur.pipeline.data import window_length
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype, open_model
+from secateur.pipeline.plans.packed_decode import packed_decode
 from secateur.pipeline.plans.precision import precision_outcome
 from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.plans.structure import structure_outcome
@@ -93,18 +95,7 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
     before, nbytes = opened.checkpoint.parameters, opened.checkpoint.dense_nbytes
     if isinstance(method, WeightMethod):
-        stored = "armor" if method.stores_factors else recipe.format
-        return {
-            "sparsity": sparsity,
-            "parameters_prunable": anatomy.prunable_parameters,
-            "zeros_after": int(anatomy.prunable_parameters * sparsity) if method.leaves_zeros else 0,
-            "parameters_after": before,
-            "bytes_after": _stored_bytes(opened, recipe),
-            "exact": stored == "dense",
-            "faster": False,
-            "effect": effect(recipe.pattern, sparsity, removes=method.removes, storage=stored),
-            "loads_in": _loads_zeros(opened, stored),
-        }
+        return _zeros_outcome(opened, recipe, method)
     found = planned_sizes(opened, method, recipe)
     if found is None:
         freed = int(anatomy.block_parameters * sparsity)
@@ -130,6 +121,32 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
     }
 
 
+def _zeros_outcome(opened: Opened, recipe: Recipe, method: WeightMethod) -> dict[str, Any]:
+    """Of matrices with zeros: smaller in a format that leaves them out, faster where a kernel does so too."""
+    sparsity, prunable = recipe.resolved_sparsity, opened.anatomy.prunable_parameters
+    stored = "armor" if method.stores_factors else recipe.format
+    before, after = opened.checkpoint.nbytes, _stored_bytes(opened, recipe)
+    facts = {
+        "sparsity": sparsity,
+        "parameters_prunable": prunable,
+        "zeros_after": int(prunable * sparsity) if method.leaves_zeros else 0,
+        "parameters_after": opened.checkpoint.parameters,
+        "bytes_after": after,
+        "exact": stored == DENSE,
+        "loads_in": _loads_zeros(opened, stored),
+    }
+    said = partial(effect, recipe.pattern, sparsity, removes=method.removes, storage=stored)
+    if stored in (DENSE, "armor"):
+        return {**facts, "faster": False, "effect": said()}
+    decode = packed_decode(opened, recipe)
+    return {
+        **facts,
+        "faster": decode.faster,
+        "decode_speedup": decode.speedup,
+        "effect": f"{decode.words} {said(bytes_before=before, bytes_after=after)}",
+    }
+
+
 def _stored_bytes(opened: Opened, recipe: Recipe) -> int:
     """Of a result whose matrices have zeros, in the format asked for; dense where that is not known."""
     whole = opened.checkpoint.dense_nbytes
@@ -143,8 +160,6 @@ def _stored_bytes(opened: Opened, recipe: Recipe) -> int:
     form, saved = FORMATS.get(recipe.format), 0
     for block in opened.anatomy.blocks:
         for matrix in block.matrices:
-            if matrix.transposed and pattern.kind == "n:m" and recipe.format == "nm":
-                continue  # groups lie along the other axis in the file
             packed = form.expected_bytes(matrix.shape, itemsize, sparsity, pattern)
             dense = matrix.shape[0] * matrix.shape[1] * itemsize
             saved += max(dense - packed, 0) if packed is not None else 0
