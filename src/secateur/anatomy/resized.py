@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from secateur.anatomy.family import load_family
+from secateur.anatomy.family import listed, load_family
 from secateur.anatomy.look import look_at
 from secateur.anatomy.model import Anatomy, Shape
 from secateur.anatomy.skeleton import build_meta
@@ -125,7 +125,7 @@ def _own_heads(anatomy: Anatomy, names: Callable[[str], tuple[str, ...]]) -> dic
         "readers": readers,
         "writers": [*writers],
         "count": list(names(anatomy.keys["heads"])),
-        "hidden": list(names(anatomy.keys["hidden"])),
+        "hidden": list(names(listed(family.spaces["hidden"])[0])),
     }
     return {OWN_HEADS: told, HEAD_SIZE: next(iter(writers.values())).columns.segments[0].unit}
 

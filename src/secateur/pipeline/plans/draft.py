@@ -219,8 +219,11 @@ def draft(
     equal = None if even else _equal(opened, method, scored, kept, goal)
     if method.uniform and not even:
         if equal is None or _lacks_heads(opened, scored, equal):
+            must = f" with all heads of {opened.anatomy.family}" if fixed_heads(opened.anatomy) else ""
             raise RecipeError(
-                "-O uniform=true", "a plan with equal blocks that is as small", "ask for less, or leave it out"
+                "-O uniform=true",
+                f"a plan with equal blocks{must} that is as small",
+                "ask for less, or leave it out",
             )
         kept, equal = equal, None
     reached = _freed(scored, kept) / sum(sizes)
