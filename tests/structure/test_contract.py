@@ -26,7 +26,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "kind"), CASES, ids=lambda value: value if isinstance(value, str) else value[0])
+def named(value: str | tuple[str, torch.dtype]) -> str:
+    return value if isinstance(value, str) else value[0]
+
+
+@pytest.mark.parametrize(("method", "kind"), CASES, ids=named)
 def test_what_comes_out_is_smaller_loads_and_is_what_was_measured(
     method: str, kind: tuple[str, torch.dtype], tmp_path: Path
 ) -> None:

@@ -19,8 +19,8 @@ from secateur.loading import MODEL_TYPE, REMOTE_CODE
 __all__ = ["HEAD_SIZE", "OWN_HEADS", "fixed_heads", "is_stock", "own_class", "resized_config"]
 
 OWN_HEADS, HEAD_SIZE = "own_heads", "head_size"
-"""Keys of models whose class derives the width of a head (see `Family.square_attention`): what the loading code
-has to know of their attention, and the width of a head."""
+"""Keys of models whose class derives the width of a head (see `Family.square_attention`): what the loading
+code has to know of their attention, and the width of a head."""
 Sizes = Mapping[str, int]
 """By space, its size in one block."""
 

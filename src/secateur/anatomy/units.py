@@ -119,12 +119,12 @@ def parameters_of(block: Block, units: Units) -> set[str]:
 
 def norm_over(block: Block, units: Units) -> str | None:
     """A norm over all of the units at once, by its parameter: without some of them it gives the others
-    something else."""
+    something else. It is a module whose weight is a vector (attention sinks are no module)."""
     made = {matrix.parameter.rpartition(".")[0] for matrix in block.matrices}
     along = (
         name
         for name, axes in block.axes.items()
-        if len(axes) == 1 and name.rpartition(".")[0] not in made
+        if len(axes) == 1 and name.endswith(".weight") and name.rpartition(".")[0] not in made
         if any(segment.space in units.spaces for segment in axes[0].segments)
     )
     return next(along, None)

@@ -39,8 +39,8 @@ def nearest_words(uniform: Uniform) -> str:
     loads = "loads in the stock class" if uniform.stock else "needs the loader of secateur"
     return (
         f"The nearest plan with all blocks alike keeps {widths} in every block "
-        f"({count(uniform.parameters)} parameters), {loads}, and loses {percent(abs(uniform.extra_loss))} {more} of "
-        "the scores: `-O uniform=true`."
+        f"({count(uniform.parameters)} parameters), {loads}, and loses {percent(abs(uniform.extra_loss))} "
+        f"{more} of the scores: `-O uniform=true`."
     )
 
 

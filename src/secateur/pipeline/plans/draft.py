@@ -96,10 +96,11 @@ class Draft:
 
     def notes(self) -> list[str]:
         """What became of options, for the user."""
-        alike = getattr(self.method, "uniform", False) and is_stock(self.opened.checkpoint.config)
-        if not (alike and fixed_heads(self.opened.anatomy) and any(_is_heads(group) for group in self.scored)):
+        if not getattr(self.method, "uniform", False) or not _must_keep_heads(self.opened):
             return []
         family = self.opened.anatomy.family
+        if not any(map(_is_heads, self.scored)):
+            return []
         return [f"All heads stay: the stock class of {family} has none of this width but as many as fill it."]
 
     def floors(self) -> list[str]:
@@ -177,8 +178,8 @@ def groups_of(opened: Opened, method: UnitMethod) -> list[Group]:
     for index, units in groups:
         if norm := norm_over(blocks[index], units):
             raise AnatomyError(
-                f"heads of {opened.anatomy.family!r}, whose {norm} belongs to one norm over all of them: those that "
-                "stay would not be what they were",
+                f"heads of {opened.anatomy.family!r}, whose {norm} belongs to one norm over all: those "
+                "that stay would not be what they were",
                 "heads that are normalised one by one, or not at all",
                 "remove feed-forward channels only: -O targets=ffn",
             )
@@ -304,9 +305,14 @@ def _is_heads(group: Scored) -> bool:
     return "heads" in group.units.spaces
 
 
+def _must_keep_heads(opened: Opened) -> bool:
+    """Whether a stock model stays one only with all its heads."""
+    return is_stock(opened.checkpoint.config) and fixed_heads(opened.anatomy)
+
+
 def _lacks_heads(opened: Opened, scored: Sequence[Scored], kept: Sequence[Tensor]) -> bool:
     """Whether a stock model loses heads that its class must have."""
-    if not (is_stock(opened.checkpoint.config) and fixed_heads(opened.anatomy)):
+    if not _must_keep_heads(opened):
         return False
     pairs = zip(scored, kept, strict=True)
     return any(_is_heads(group) and len(stays) < group.units.count for group, stays in pairs)
