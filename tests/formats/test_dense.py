@@ -41,7 +41,7 @@ def test_a_stock_class_in_a_fresh_process_says_the_same(
     torch.testing.assert_close(there.logits, here(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3", "gpt2", "opt", "gpt_neox"])
 def test_other_families_are_padded_too(family: str, tmp_path: Path) -> None:
     model = save_cut(family, tmp_path)
     secateur.export(model, tmp_path / "dense", format="dense")

@@ -92,6 +92,8 @@ class Family(_Entry):
         norms: of a block that adds attention(norm(x)) and then feed_forward(norm(x)) to x and does nothing
             else: the two norms in this order, each with the module that reads it, or with several that are
             called one after the other. Only such models can be sliced.
+        square_attention: the module whose class takes the width of a head from the hidden size and the number
+            of heads, so that heads are together as wide as the model; empty where the config states it.
         experts: keys of the router, where there are experts.
         norms_when: condition without which they cannot.
         centred: norms subtract the mean.
@@ -122,6 +124,7 @@ class Family(_Entry):
     parts: dict[str, dict[str, Literal["input", "zeros", "pair"]]] = {}
     parts_when: str = ""
     files: dict[str, list[str]] = {}
+    square_attention: str = ""
     experts: ExpertsEntry | None = None
     norms: dict[str, str | list[str]] = {}
     norms_when: str = ""

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from secateur.anatomy.family import load_family
+from secateur.anatomy.family import listed, load_family
 from secateur.anatomy.look import look_at
 from secateur.anatomy.model import Anatomy, Shape
 from secateur.anatomy.skeleton import build_meta
@@ -16,8 +16,11 @@ from secateur.anatomy.sliced import OUTPUT_KEY, STREAM_KEY
 from secateur.core.errors import AnatomyError
 from secateur.loading import MODEL_TYPE, REMOTE_CODE
 
-__all__ = ["is_stock", "own_class", "resized_config"]
+__all__ = ["HEAD_SIZE", "OWN_HEADS", "fixed_heads", "is_stock", "own_class", "resized_config"]
 
+OWN_HEADS, HEAD_SIZE = "own_heads", "head_size"
+"""Keys of models whose class derives the width of a head (see `Family.square_attention`): what the loading
+code has to know of their attention, and the width of a head."""
 Sizes = Mapping[str, int]
 """By space, its size in one block."""
 
@@ -44,13 +47,20 @@ def resized_config(
         whole: sizes of spaces that are cut in the whole model alike, inside the blocks and outside.
 
     Raises:
-        AnatomyError: the model classes of this family cannot have these sizes.
+        AnatomyError: the model classes of this family cannot have these sizes; or `whole` where the hidden
+            size has come to say nothing of the heads.
     """
     known, keys = (
         config.get("per_layer_config", {}),
         {"stream": STREAM_KEY, "output": OUTPUT_KEY, **anatomy.keys},
     )
     names = _names(anatomy)
+    if whole and OWN_HEADS in config:
+        raise AnatomyError(
+            f"a narrower {anatomy.family!r} whose blocks have lost heads",
+            "one with all its heads",
+            "make it narrower first, and remove heads then",
+        )
     own = [
         {
             **known.get(str(index), {}),
@@ -72,6 +82,7 @@ def resized_config(
     updates = {
         **fixed,
         **own_class(config),
+        **(_own_heads(anatomy, names) if any("heads" in block for block in sizes) else {}),
         "per_layer_config": {str(index): block for index, block in enumerate(own)},
         "block_biases": list(dict.fromkeys([*config.get("block_biases", ()), *biases])),
         **(extra or {}),
@@ -92,6 +103,31 @@ def _names(anatomy: Anatomy) -> Callable[[str], tuple[str, ...]]:
     family = load_family(anatomy.family)
     pairs = [*family.aliases.items()] if family else []
     return lambda key: (key, *(b if key == a else a for a, b in pairs if key in (a, b)))
+
+
+def fixed_heads(anatomy: Anatomy) -> bool:
+    """Whether the stock class of the family can have no fewer heads of the same width."""
+    family = load_family(anatomy.family)
+    return family is not None and bool(family.square_attention)
+
+
+def _own_heads(anatomy: Anatomy, names: Callable[[str], tuple[str, ...]]) -> dict[str, Any]:
+    """What the loading code has to know to build attention with fewer heads of the same width; nothing where
+    the config of the family states that width."""
+    family = load_family(anatomy.family)
+    if family is None or not family.square_attention:
+        return {}
+    matrices = {matrix.name: matrix for block in anatomy.blocks for matrix in block.matrices}.values()
+    writers = {m.name: m for m in matrices if m.columns.segments[0].space == "heads"}
+    readers = [m.name for m in matrices if m.rows.segments[0].space == "heads"]
+    told = {
+        "attention": family.square_attention,
+        "readers": readers,
+        "writers": [*writers],
+        "count": list(names(anatomy.keys["heads"])),
+        "hidden": list(names(listed(family.spaces["hidden"])[0])),
+    }
+    return {OWN_HEADS: told, HEAD_SIZE: next(iter(writers.values())).columns.segments[0].unit}
 
 
 def _shared(own: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from secateur.anatomy.model import Block, Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Units", "kept_spaces", "parameters_of", "producers", "units_of"]
+__all__ = ["Units", "kept_spaces", "norm_over", "parameters_of", "producers", "units_of"]
 
 HEADS, KV_HEADS = "heads", "kv_heads"
 
@@ -115,6 +115,19 @@ def parameters_of(block: Block, units: Units) -> set[str]:
     """The parameters that `units.writer` and `producers` read."""
     made = {matrix.parameter for matrix in block.matrices if _rows_of(matrix, units)}
     return made | {units.writer.parameter}
+
+
+def norm_over(block: Block, units: Units) -> str | None:
+    """A norm over all of the units at once, by its parameter: without some of them it gives the others
+    something else. It is a module whose weight is a vector (attention sinks are no module)."""
+    made = {matrix.parameter.rpartition(".")[0] for matrix in block.matrices}
+    along = (
+        name
+        for name, axes in block.axes.items()
+        if len(axes) == 1 and name.endswith(".weight") and name.rpartition(".")[0] not in made
+        if any(segment.space in units.spaces for segment in axes[0].segments)
+    )
+    return next(along, None)
 
 
 def _rows_of(matrix: Matrix, units: Units) -> list[slice]:

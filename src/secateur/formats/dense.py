@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.anatomy.model import Anatomy
-from secateur.anatomy.resized import is_stock
+from secateur.anatomy.resized import HEAD_SIZE, OWN_HEADS, is_stock
 from secateur.anatomy.resolve import resolve_config
 from secateur.anatomy.sliced import FLAG
 from secateur.core.errors import AnatomyError, ExportError
@@ -17,7 +17,7 @@ from secateur.formats.fit import SLICED
 
 __all__ = ["ADDED", "uniform"]
 
-ADDED = ("auto_map", "base_model_type", "per_layer_config", "block_biases")
+ADDED = ("auto_map", "base_model_type", "per_layer_config", "block_biases", OWN_HEADS, HEAD_SIZE)
 """Keys of models whose blocks differ, which a stock model does not have."""
 FLAGS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 """What gives a stock class biases in one part of its blocks, where it has such a key."""
@@ -43,6 +43,8 @@ def uniform(config: Mapping[str, Any], anatomy: Anatomy) -> tuple[dict[str, Any]
         raise ExportError("a sliced model", "blocks of one basis, which zeros can widen", SLICED)
     family, own = config["base_model_type"], config.get("per_layer_config", {}).values()
     changed = {key for block in own for key in block if key in anatomy.keys.values()}
+    if OWN_HEADS in config:  # all heads, or they would be wider
+        changed -= {*config[OWN_HEADS]["count"]}
     sizes = {key: max(block.get(key, config.get(key, 0)) for block in own) for key in changed}
     kept = {key: value for key, value in config.items() if key not in ADDED}
     plain = {**kept, **sizes, "model_type": family, "architectures": [_class_name(family)]}

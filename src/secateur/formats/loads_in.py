@@ -59,11 +59,10 @@ def _vllm(config: Mapping[str, Any], form: Form | None) -> str:
     if config.get("model_type") == MODEL_TYPE:
         if form is not None and form.sliced:
             return f"no: each half of a block has a basis of its own ({NOT_TRIED})"
-        why = (
-            "blocks differ in size"
-            if form is None or not form.even
-            else "biases that its class does not have"
-        )
+        why = "blocks differ in size"
+        if form is not None and form.even:
+            own = bool(config.get("own_heads"))
+            why = "fewer heads than its class can have" if own else "biases that its class does not have"
         return f"no: {why} (`secateur export --format dense` pads them where it can; {NOT_TRIED})"
     if form is not None and not form.square and form.family not in STATED_HEAD_DIM:
         return f"no: its {form.family} class divides hidden_size by the heads ({NOT_TRIED})"

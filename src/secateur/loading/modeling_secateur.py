@@ -6,8 +6,10 @@ checkpoint with blocks of unequal sizes, for `trust_remote_code=True` where seca
 
 The config is that of the family, with `per_layer_config` for the sizes of single blocks and what they `skip`,
 `block_parts` for the modules that a skipped part consists of, and `block_biases` for matrices that have a
-bias which the family's class would not give them. With `residual_shortcuts` the residual stream is narrower
-than the hidden size, and what each half of a block reads and writes has a basis of its own.
+bias which the family's class would not give them. With `own_heads` the class takes the width of a head from
+hidden size and number of heads, and blocks with fewer heads keep those as wide as they were (`head_size`).
+With `residual_shortcuts` the residual stream is narrower than the hidden size, and what each half of a block
+reads and writes has a basis of its own.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ class _BlocksOfOwnSize:
         blocks = _block_list(self, config.num_hidden_layers)
         for key, own in config.block_sizes.items():
             index = int(key)
-            blocks[index] = type(blocks[index])(BlockConfig(config, own), layer_idx=index)
+            blocks[index] = _own_block(type(blocks[index]), config, own, index)
             for part in own.get(SKIP, ()):
                 for name, gives in config.block_parts[part].items():
                     blocks[index].set_submodule(name, StandIn(gives, index))
@@ -133,6 +135,26 @@ class _BlocksOfOwnSize:
         if getattr(config, "residual_shortcuts", None):
             _slice_residual(self, blocks, config)
         self.post_init()  # type: ignore[attr-defined]
+
+
+def _own_block(kind: Any, config: Any, own: Mapping[str, Any], index: int) -> Any:
+    """A block of its own sizes; with heads of its own, its attention is that of a model which is as wide as
+    they are together, between matrices that read and write the hidden size."""
+    told: Mapping[str, Any] = getattr(config, "own_heads", None) or {"count": ()}
+    heads = [own[key] for key in told["count"] if key in own]
+    shared = {key: size for key, size in own.items() if key not in told["count"]}
+    block = kind(BlockConfig(config, shared), layer_idx=index)
+    if heads:
+        width = dict.fromkeys(told["hidden"], heads[0] * config.head_size)
+        attention = type(block.get_submodule(told["attention"]))
+        block.set_submodule(
+            told["attention"], attention(BlockConfig(config, {**own, **width}), layer_idx=index)
+        )
+        for name in told["readers"]:
+            _resize(block.get_submodule(name), inputs=config.hidden_size)
+        for name in told["writers"]:
+            _resize(block.get_submodule(name), outputs=config.hidden_size)
+    return block
 
 
 class StandIn(nn.Module):

@@ -30,8 +30,8 @@ __all__ = ["PLAN", "PREPARED", "SCORES", "UNEQUAL", "Outcome", "Run", "as_stored
 SCORES, PLAN = "scores.safetensors", "plan.json"
 PREPARED = "prepared.safetensors"
 UNEQUAL = (
-    "Blocks differ, or have biases that the stock class lacks: load it after `import secateur`, or with "
-    "trust_remote_code=True."
+    "Blocks differ, or have biases or numbers of heads that the stock class cannot have: load it after "
+    "`import secateur`, or with trust_remote_code=True."
 )
 
 

@@ -35,11 +35,12 @@ def structure(report: Report) -> Markup | None:
 def nearest_words(uniform: Uniform) -> str:
     """One sentence on the nearest uniform plan."""
     widths = ", ".join(f"{width} {kind}" for kind, width in uniform.units_a_block.items())
+    more = "more" if uniform.extra_loss >= 0 else "less"
     loads = "loads in the stock class" if uniform.stock else "needs the loader of secateur"
     return (
         f"The nearest plan with all blocks alike keeps {widths} in every block "
-        f"({count(uniform.parameters)} parameters), {loads}, and loses {percent(uniform.extra_loss)} more of "
-        "the scores: `-O uniform=true`."
+        f"({count(uniform.parameters)} parameters), {loads}, and loses {percent(abs(uniform.extra_loss))} "
+        f"{more} of the scores: `-O uniform=true`."
     )
 
 

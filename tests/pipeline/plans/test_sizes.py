@@ -65,8 +65,13 @@ def test_every_method_writes_what_was_planned(
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("slicegpt", {"round_to": 1}), ("slicegpt", {"round_to": 1, "slice_head": True}), ("minitron", {})],
-    ids=["slices", "with-head", "width"],
+    [
+        ("slicegpt", {"round_to": 1}),
+        ("slicegpt", {"round_to": 1, "slice_head": True}),
+        ("minitron", {}),
+        ("flap", {"spread": "uniform"}),
+    ],
+    ids=["slices", "with-head", "width", "heads"],
 )
 def test_positions_and_biases_are_counted_too(
     family: str, method: str, options: dict[str, Any], tmp_path: Path

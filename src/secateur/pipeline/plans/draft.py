@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.anatomy.resized import is_stock
-from secateur.anatomy.units import Units
-from secateur.core.errors import InputError, RecipeError
+from secateur.anatomy.resized import fixed_heads, is_stock
+from secateur.anatomy.units import Units, norm_over
+from secateur.core.errors import AnatomyError, InputError, RecipeError
 from secateur.core.plan import Plan
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.decode_costs import DecodeTable
@@ -94,6 +94,15 @@ class Draft:
             "uniform": self._uniform(),
         }
 
+    def notes(self) -> list[str]:
+        """What became of options, for the user."""
+        if not getattr(self.method, "uniform", False) or not _must_keep_heads(self.opened):
+            return []
+        family = self.opened.anatomy.family
+        if not any(map(_is_heads, self.scored)):
+            return []
+        return [f"All heads stay: the stock class of {family} has none of this width but as many as fill it."]
+
     def floors(self) -> list[str]:
         """Groups that keep no more than they must."""
         return [
@@ -145,7 +154,12 @@ class Draft:
 
 
 def groups_of(opened: Opened, method: UnitMethod) -> list[Group]:
-    """All units of the model that compete. Raises `RecipeError` where there are none."""
+    """All units of the model that compete.
+
+    Raises:
+        RecipeError: there are none.
+        AnatomyError: units that cannot go because one norm goes over all of them.
+    """
     blocks = opened.anatomy.blocks
     competing = method.open_blocks(len(blocks))
     if not competing:
@@ -161,6 +175,14 @@ def groups_of(opened: Opened, method: UnitMethod) -> list[Group]:
             "a model with channels or heads that one matrix collects",
             "prune single weights: wanda",
         )
+    for index, units in groups:
+        if norm := norm_over(blocks[index], units):
+            raise AnatomyError(
+                f"heads of {opened.anatomy.family!r}, whose {norm} belongs to one norm over all: those "
+                "that stay would not be what they were",
+                "heads that are normalised one by one, or not at all",
+                "remove feed-forward channels only: -O targets=ffn",
+            )
     return groups
 
 
@@ -194,14 +216,17 @@ def draft(
     angles = torch.zeros(len(blocks)) if turns is None else turns
     kept = allocate(scored, sizes, sparsity, method, angles, goal=goal)
     even = method.spread == "uniform" and is_stock(opened.checkpoint.config)
-    even = even or _alike(opened, scored, kept)
+    even = (even or _alike(opened, scored, kept)) and not _lacks_heads(opened, scored, kept)
     equal = None if even else _equal(opened, method, scored, kept, goal)
-    if method.uniform and equal is not None:
+    if method.uniform and not even:
+        if equal is None or _lacks_heads(opened, scored, equal):
+            must = f" with all heads of {opened.anatomy.family}" if fixed_heads(opened.anatomy) else ""
+            raise RecipeError(
+                "-O uniform=true",
+                f"a plan with equal blocks{must} that is as small",
+                "ask for less, or leave it out",
+            )
         kept, equal = equal, None
-    elif method.uniform and not even:
-        raise RecipeError(
-            "-O uniform=true", "a plan with equal blocks that is as small", "ask for less, or leave it out"
-        )
     reached = _freed(scored, kept) / sum(sizes)
     return Draft(opened, method, scored, kept, reached if goal else sparsity, goal, equal)
 
@@ -276,6 +301,23 @@ def _alike(opened: Opened, scored: Sequence[Scored], kept: Sequence[Tensor]) -> 
     return all(len(found) == 1 for found in widths.values())
 
 
+def _is_heads(group: Scored) -> bool:
+    return "heads" in group.units.spaces
+
+
+def _must_keep_heads(opened: Opened) -> bool:
+    """Whether a stock model stays one only with all its heads."""
+    return is_stock(opened.checkpoint.config) and fixed_heads(opened.anatomy)
+
+
+def _lacks_heads(opened: Opened, scored: Sequence[Scored], kept: Sequence[Tensor]) -> bool:
+    """Whether a stock model loses heads that its class must have."""
+    if not _must_keep_heads(opened):
+        return False
+    pairs = zip(scored, kept, strict=True)
+    return any(_is_heads(group) and len(stays) < group.units.count for group, stays in pairs)
+
+
 def _equal(
     opened: Opened,
     method: StructureMethod,
@@ -288,6 +330,8 @@ def _equal(
 
     def legal(widths: Widths) -> bool:
         stays = [torch.arange(widths[number]) for number in range(len(groups))]
+        if _lacks_heads(opened, scored, stays):
+            return False
         return Result.of(opened, groups, stays, []).stock
 
     return nearest_uniform(scored, kept, method, legal if is_stock(opened.checkpoint.config) else None, goal)

@@ -113,8 +113,8 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
             recipe.pattern, sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=found.nbytes
         ),
         "loads_in": {
-            "transformers": "yes: as it is where all blocks come out alike, else after `import secateur` or "
-            "with trust_remote_code=True",
+            "transformers": "yes: as it is where its class has such blocks, else after `import secateur` "
+            "or with trust_remote_code=True",
             "vllm": "where all blocks come out alike, else padded: `secateur export --format dense`",
             "gguf": "by `secateur export`; blocks that differ in llama, mistral, qwen2 and phi3 only",
         },

@@ -17,7 +17,7 @@ from secateur.structure.base import StructureMethod
 __all__ = ["structure_outcome"]
 
 UNKNOWN = {
-    "transformers": "yes: as it is where all blocks come out alike, else after `import secateur` or "
+    "transformers": "yes: as it is where its class has such blocks, else after `import secateur` or "
     "with trust_remote_code=True",
     "vllm": "where all blocks come out alike",
     "gguf": "where all blocks come out alike",

@@ -128,7 +128,7 @@ def outcome_of(
         requested=planned.sparsity,
         config_updates=planned.result.config_updates,
         files={PLAN: plan.dumps(), **files},
-        warnings=_warnings(facts),
+        warnings=[*_warnings(facts), *planned.notes()],
         structure=facts,
     )
 
