@@ -46,6 +46,7 @@ def linear_of(weight: Tensor, format: str = "bitmask", dtype: torch.dtype | None
 
 
 def packed(weight: Tensor, format: str = "bitmask") -> Matrix:
-    matrix = matrix_of(linear_of(weight, format))
+    layer = linear_of(weight, format)
+    matrix = matrix_of(layer, format, layer.parts)
     assert matrix is not None
     return matrix

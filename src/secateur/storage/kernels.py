@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -10,9 +12,11 @@ from secateur.runtime.kernel import Layout, Matrix, Path, linear
 from secateur.storage.bitmask import row_offsets
 from secateur.storage.packed_linear import KERNELS, PackedLinear, unpack_and_multiply
 
-__all__ = ["KERNELS", "compiled", "kernel_of", "matrix_of", "weight_bytes"]
+__all__ = ["KERNELS", "MATRICES", "compiled", "kernel_of", "matrix_of", "product", "weight_bytes"]
 
 STORED = (torch.bfloat16, torch.float16)
+
+AsMatrix = Callable[[Mapping[str, Tensor], tuple[int, int]], Matrix | None]
 
 
 def compiled(packed: PackedLinear, inputs: Tensor) -> Tensor:
@@ -21,23 +25,32 @@ def compiled(packed: PackedLinear, inputs: Tensor) -> Tensor:
     The kernel computes with the weights of the file: where a dense model would round them once more, on other
     devices, for gradients and under transformations of torch the weight is unpacked.
     """
+    found = product(packed, packed.format, packed.parts, inputs, packed.bias)
+    return unpack_and_multiply(packed, inputs) if found is None else found
+
+
+def product(
+    packed: PackedLinear, format: str, parts: Mapping[str, Tensor], inputs: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
+    """inputs W^T (+ bias) from the parts of a matrix W of the shape of the layer, which may be all of its
+    weight or one of its factors; None where the kernel does not compute and W must be unpacked."""
     if not _applies(packed, inputs):
-        return unpack_and_multiply(packed, inputs)
-    kernel, matrix = library(), matrix_of(packed)
-    if kernel is None or matrix is None:
-        return unpack_and_multiply(packed, inputs)
-    return linear(kernel, matrix, inputs, packed.bias)
+        return None
+    kernel, matrix = library(), matrix_of(packed, format, parts)
+    return None if kernel is None or matrix is None else linear(kernel, matrix, inputs, bias)
 
 
-def matrix_of(packed: PackedLinear) -> Matrix | None:
-    """The weight as the kernel takes it; None for a pattern or dtype that it does not know.
+def matrix_of(packed: PackedLinear, format: str, parts: Mapping[str, Tensor]) -> Matrix | None:
+    """The parts of a matrix as the kernel takes them; None for a pattern or dtype that it does not know.
 
-    Kept with the module until its parts are others (after a move to another device and back).
+    Kept with the module until the parts are others (after a move to another device and back).
     """
     known = packed.prepared
-    if isinstance(known, Matrix) and known.values is packed.packed_values:
+    if isinstance(known, Matrix) and known.values is parts["values"]:
         return known
-    matrix = packed.prepared = _matrix(packed, packed.parts)
+    if packed.stored not in STORED or format not in MATRICES:
+        return None
+    matrix = packed.prepared = MATRICES[format](parts, (packed.out_features, packed.in_features))
     return matrix
 
 
@@ -58,17 +71,22 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}.values())
 
 
-def _matrix(packed: PackedLinear, parts: dict[str, Tensor]) -> Matrix | None:
-    shape, values = (packed.out_features, packed.in_features), parts["values"]
-    if packed.stored not in STORED:
+def _from_bitmask(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix:
+    mask = parts["mask"]
+    return Matrix(shape, Layout.BITMASK, mask.contiguous(), parts["values"], row_offsets(mask))
+
+
+def _from_groups(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix | None:
+    rows, columns = shape
+    if parts["values"].shape[1:] != (columns // 4, 2) or columns % 8:  # 2:4, rows of whole bytes
         return None
-    if packed.format == "bitmask":
-        mask = parts["mask"]
-        return Matrix(shape, Layout.BITMASK, mask.contiguous(), values, row_offsets(mask))
-    if values.shape[1:] != (shape[1] // 4, 2) or shape[1] % 8:  # 2:4, rows of whole bytes
-        return None
-    offsets = torch.arange(shape[0] + 1, dtype=torch.int64) * (shape[1] // 2)
-    return Matrix(shape, Layout.TWO_OF_FOUR, parts["indices"].contiguous(), values, offsets)
+    offsets = torch.arange(rows + 1, dtype=torch.int64) * (columns // 2)
+    return Matrix(shape, Layout.TWO_OF_FOUR, parts["indices"].contiguous(), parts["values"], offsets)
+
+
+MATRICES: dict[str, AsMatrix] = {"bitmask": _from_bitmask, "nm": _from_groups}
+"""By format: its parts as a matrix of the kernel, which shares their memory. All that a format needs to have
+its products, or those of a factor that it packs, computed by the kernel (`product`)."""
 
 
 def _applies(packed: PackedLinear, inputs: Tensor) -> bool:
