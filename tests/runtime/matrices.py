@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.checkpoint.packing import Packed
 from secateur.runtime.build import library, why_missing
-from secateur.runtime.kernel import Matrix
+from secateur.runtime.kernel import Matrix, Path, multiply, tiles
 from secateur.storage.kernels import matrix_of
 from secateur.storage.packed_linear import PackedLinear
 
@@ -50,3 +50,21 @@ def packed(weight: Tensor, format: str = "bitmask") -> Matrix:
     matrix = matrix_of(layer, format, layer.parts)
     assert matrix is not None
     return matrix
+
+
+def whole(kernel: ctypes.CDLL, matrix: Matrix, path: Path | None = None) -> Tensor:
+    """All tiles as one matrix."""
+    return torch.cat([tile.clone() for _, tile in tiles(kernel, matrix, path)])
+
+
+def check_path(
+    kernel: ctypes.CDLL, weight: Tensor, matrix: Matrix, rows: int, path: Path, seed: int = 0
+) -> None:
+    """Float32 sums of exact products, of x in float32 and bfloat16: a bound on their rounding, far below that
+    of bfloat16. Tiles are the weight, bit for bit."""
+    wide = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    for x in (wide, wide.bfloat16()):
+        expected = x.double() @ weight.double().T
+        bound = 1e-6 * (x.double().abs() @ weight.double().abs().T) + 1e-12
+        assert ((multiply(kernel, matrix, x, path) - expected).abs() <= bound).all(), (path, x.dtype)
+    assert whole(kernel, matrix, path).view(torch.int16).equal(weight.view(torch.int16)), path
