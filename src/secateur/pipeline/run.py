@@ -206,7 +206,6 @@ def bench(
         "model": str(model),
         "bytes": opened.checkpoint.nbytes,
         "weight_bytes": weight_bytes(loaded),
-        "kernel": kernel_of(loaded),
         "machine": machine_facts(),
         "dtype": str(precision).removeprefix("torch."),
         "repeats": repeats,
@@ -215,6 +214,7 @@ def bench(
         result |= measure_speed(
             loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, progress=progress
         ).as_dict()
+        result["kernel"] = kernel_of(loaded)
     else:
         other = open_model(against)
         rival = other.load(precision, chosen, packed=_keeps_packed(other, packed, chosen))
@@ -228,7 +228,7 @@ def bench(
         )
         result |= {
             "against": str(against), "bytes_against": other.checkpoint.nbytes,
-            "weight_bytes_against": weight_bytes(rival), "kernel": result["kernel"] or kernel_of(rival),
+            "weight_bytes_against": weight_bytes(rival), "kernel": kernel_of(loaded) or kernel_of(rival),
             **both.as_dict(),
         }  # fmt: skip
     result["peak_memory_bytes"] = peak_memory_bytes()

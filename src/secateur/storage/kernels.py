@@ -1,20 +1,30 @@
-"""Formats whose weights are multiplied as they lie in memory, by the compiled kernel of `runtime`."""
+"""Formats whose weights are multiplied as they lie in memory, by what `runtime` has for their device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from secateur.runtime.build import library, why_missing
-from secateur.runtime.kernel import Layout, Matrix, Path, linear
+from secateur.runtime.kernel import Layout, Matrix, Path, linear, path_of
+from secateur.runtime.semi_structured import Choices, fits
 from secateur.storage.bitmask import row_offsets
 from secateur.storage.packed_linear import KERNELS, PackedLinear, unpack_and_multiply
 
-__all__ = ["KERNELS", "MATRICES", "compiled", "kernel_of", "matrix_of", "product", "weight_bytes"]
+__all__ = ["KERNELS", "MATRICES", "compiled", "groups", "kernel_of", "matrix_of", "product", "weight_bytes"]
 
 STORED = (torch.bfloat16, torch.float16)
+CHOICES = Choices()
+"""Of this process, for 2:4 on CUDA devices."""
+NAMES = {
+    Path.PORTABLE: "without AVX2",
+    Path.AVX2: "AVX2",
+    Path.AVX512: "AVX-512",
+    Path.AVX512_BF16: "AVX-512 with bfloat16",
+}
 
 AsMatrix = Callable[[Mapping[str, Tensor], tuple[int, int]], Matrix | None]
 
@@ -54,21 +64,61 @@ def matrix_of(packed: PackedLinear, format: str, parts: Mapping[str, Tensor]) ->
     return matrix
 
 
+def groups(packed: PackedLinear, inputs: Tensor) -> Tensor:
+    """`compiled`, or the product with a semi-structured tensor of torch where 2:4 lies on a CUDA device."""
+    sparse = _semi_structured(packed, inputs)
+    if sparse is None:
+        return compiled(packed, inputs)
+    outputs = nn.functional.linear(inputs.reshape(-1, packed.in_features), sparse, packed.bias)
+    return outputs.view(*inputs.shape[:-1], packed.out_features)
+
+
 def kernel_of(model: nn.Module) -> str | None:
-    """What computes from the packed weights of a model, in a few words; None where it has none."""
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
-        return None
-    kernel = library()
-    if kernel is None:
-        return f"none, packed weights are unpacked for every product: {why_missing()}"
-    names = {Path.PORTABLE: "compiled, without AVX2", Path.AVX2: "compiled, AVX2"}
-    return names[Path(kernel.secateur_path())]
+    """What computed from the packed weights of a model that has run, in words; None where it has none."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return "; ".join(sorted({_computed(layer) for layer in layers})) or None
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Memory of the parameters and buffers of a model, packed or not; shared ones count once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}.values())
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A semi-structured weight, and the part that it was made of, now in the memory of the host."""
+
+    values: Tensor
+    weight: Tensor
+
+
+def _semi_structured(packed: PackedLinear, inputs: Tensor) -> Tensor | None:
+    shape = packed.out_features, packed.in_features
+    known = packed.prepared
+    if not (_same_numbers(packed, inputs) and inputs.dtype == packed.stored and inputs.numel()):
+        return None
+    if isinstance(known, _OnDevice) and known.values is packed.parts["values"]:
+        return known.weight
+    if packed.parts["values"].shape[1:] != (shape[1] // 4, 2) or not fits(shape, inputs.dtype, inputs.device):
+        return None
+    found = CHOICES.sparse(shape, inputs.reshape(-1, shape[1]), packed.unpacked)
+    if found is not None:
+        packed.move_parts("cpu")  # the device need not hold the weight twice
+        packed.prepared = _OnDevice(packed.parts["values"], found)
+    return found
+
+
+def _computed(layer: PackedLinear) -> str:
+    on_device = CHOICES.told(layer.weight.device) if layer.format == "nm" else None
+    if on_device is not None:
+        return on_device
+    kernel = library()
+    if layer.weight.is_cpu and kernel is None:
+        return f"none, packed weights are unpacked for every product: {why_missing()}"
+    if kernel is None or not isinstance(layer.prepared, Matrix):
+        return f"{layer.format} on {layer.weight.device} unpacked for every product"
+    return f"compiled, {NAMES[path_of(kernel)]}"
 
 
 def _from_bitmask(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix:
@@ -90,15 +140,19 @@ its products, or those of a factor that it packs, computed by the kernel (`produ
 
 
 def _applies(packed: PackedLinear, inputs: Tensor) -> bool:
-    weight, dtype = packed.weight, inputs.dtype
+    known = inputs.dtype == torch.float32 or inputs.dtype == packed.stored
+    return inputs.is_cpu and known and _same_numbers(packed, inputs)
+
+
+def _same_numbers(packed: PackedLinear, inputs: Tensor) -> bool:
+    """Whether a kernel's product may stand for that of torch: no cast, gradient or transformation is due."""
+    weight = packed.weight
     return (
-        weight.is_cpu
-        and inputs.is_cpu
-        and dtype == weight.dtype
-        and (dtype == torch.float32 or dtype == packed.stored)
+        inputs.device == weight.device
+        and inputs.dtype == weight.dtype
         and not (torch.is_grad_enabled() and _needs_gradients(packed, inputs))
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(inputs.device.type)
         and type(inputs) in (Tensor, nn.Parameter)
     )
 
@@ -107,4 +161,4 @@ def _needs_gradients(packed: PackedLinear, inputs: Tensor) -> bool:
     return inputs.requires_grad or (packed.bias is not None and packed.bias.requires_grad)
 
 
-KERNELS.update({"bitmask": compiled, "nm": compiled})
+KERNELS.update({"bitmask": compiled, "nm": groups})
