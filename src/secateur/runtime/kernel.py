@@ -50,6 +50,10 @@ class Path(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
+WITHOUT_16_BITS = (Path.AVX2, Path.AVX512)
+"""Processors on which torch's products in 16 bits take several times as long as those in float32."""
+
+
 def path_of(kernel: ctypes.CDLL) -> Path:
     """The best path of this processor, or that of `$SECATEUR_KERNEL` if it is lower.
 
@@ -99,12 +103,18 @@ def linear(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | N
         sums = multiply(kernel, matrix, flat)
         outputs = (sums if bias is None else sums.add_(bias)).to(inputs.dtype)
     else:
-        outputs = inputs.new_empty((len(flat), matrix.shape[0]))
-        for first, tile in tiles(kernel, matrix):
-            part = slice(first, first + len(tile))
-            own = None if bias is None else bias[part]
-            outputs[:, part] = nn.functional.linear(flat, tile.to(inputs.dtype), own)
+        outputs = _by_tiles(kernel, matrix, flat, bias)
     return outputs.view(*inputs.shape[:-1], matrix.shape[0])
+
+
+def _by_tiles(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    outputs = inputs.new_empty((len(inputs), matrix.shape[0]))
+    dtype = torch.float32 if kernel.secateur_path() in WITHOUT_16_BITS else inputs.dtype
+    x, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
+    for first, tile in tiles(kernel, matrix):
+        part = slice(first, first + len(tile))
+        outputs[:, part] = nn.functional.linear(x, tile.to(dtype), None if bias is None else bias[part])
+    return outputs
 
 
 def multiply(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, path: Path | None = None) -> Tensor:
