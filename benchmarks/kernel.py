@@ -139,8 +139,8 @@ def main() -> None:
         layer(torch.ones(1, 8).bfloat16())
     notes = (
         f"Medians of {FEWEST} to {arguments.repeats} calls in turn, {torch.get_num_threads()} threads. "
-        f"Packed: bfloat16 in and out, {kernel_of(layer)}. The limit: bytes of the dense weight over those of "
-        "the packed one."
+        f"Packed: bfloat16 in and out, {kernel_of(layer)}. The limit: bytes of the dense weight over those "
+        "of the packed one."
     )
     write_table("Packed weights against dense ones", HEADS, rows, notes=notes, out=arguments.out)
 
