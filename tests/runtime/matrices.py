@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,3 +70,17 @@ def check_path(
         bound = 1e-6 * (x.double().abs() @ weight.double().abs().T) + 1e-12
         assert ((multiply(kernel, matrix, x, path) - expected).abs() <= bound).all(), (path, x.dtype)
     assert whole(kernel, matrix, path).view(torch.int16).equal(weight.view(torch.int16)), path
+
+
+def fenced(matrix: Matrix) -> Matrix:
+    """The same, with codes and values at the end of memory that may be read: one byte more is a crash."""
+    return replace(matrix, codes=_fenced(matrix.codes), values=_fenced(matrix.values))
+
+
+def _fenced(tensor: Tensor) -> Tensor:
+    whole = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + whole), mmap.PAGESIZE, 0) == 0
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=whole - tensor.nbytes)
+    return raw.view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from secateur.runtime import build
 from secateur.runtime.kernel import Path, multiply
 
-from .matrices import check_path, packed, sparse, two_of_four, whole
+from .matrices import check_path, fenced, packed, sparse, two_of_four, whole
 
 EMULATION = File(__file__).with_name("emulated_avx512.h")
 INCLUDE = File("/usr/include/simde/x86/avx512.h")
@@ -85,12 +85,21 @@ def test_any_matrix(kernel: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_leaks_from_other_rows(kernel: ctypes.CDLL, path: Path) -> None:
-    """Reads go beyond a row, at the end of `values` not: there lie infinities and no memory."""
+    """A row is read together with values of the next one."""
     weight = sparse(40, 40, 0.5, torch.bfloat16)
     weight[5] = weight[20] = float("inf")
     found = multiply(kernel, packed(weight), torch.ones(1, 40), path)
     assert found.isfinite().sum() == 38
     assert whole(kernel, packed(weight), path).equal(weight)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_is_read_behind_codes_and_values(kernel: ctypes.CDLL, path: Path) -> None:
+    for columns in (33, 40, 520):
+        weight = sparse(40, columns, 0.6, torch.bfloat16)
+        check_path(kernel, weight, fenced(packed(weight)), 9, path)
+        weight = two_of_four(40, columns // 8 * 8, torch.bfloat16)
+        check_path(kernel, weight, fenced(packed(weight, "nm")), 9, path)
 
 
 @pytest.mark.parametrize("path", PATHS)

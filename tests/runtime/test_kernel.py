@@ -15,7 +15,7 @@ from secateur.core.errors import InputError
 from secateur.runtime import kernel as runtime
 from secateur.runtime.kernel import HIGHEST, Matrix, Path, linear, multiply, path_of
 
-from .matrices import check_path, kernel_or_skip, packed, sparse, two_of_four, whole
+from .matrices import check_path, fenced, kernel_or_skip, packed, sparse, two_of_four, whole
 
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 7), (3, 8), (33, 16), (37, 31), (64, 40), (70, 100), (9, 129), (40, 24)]
@@ -88,6 +88,14 @@ def test_infinite_neighbours_do_not_leak(kernel: ctypes.CDLL) -> None:
         for path in paths(kernel):
             found = multiply(kernel, packed(dense, format), x, path)
             assert found.isfinite().sum() == 39, (format, path)
+
+
+def test_nothing_is_read_behind_codes_and_values(kernel: ctypes.CDLL) -> None:
+    for columns in (33, 40, 520):
+        weight = sparse(40, columns, 0.6, torch.bfloat16)
+        check(kernel, weight, fenced(packed(weight)), 9)
+        weight = two_of_four(40, columns // 8 * 8, torch.bfloat16)
+        check(kernel, weight, fenced(packed(weight, "nm")), 9)
 
 
 def test_zero_times_infinity_is_that_of_a_dense_layer(kernel: ctypes.CDLL) -> None:
