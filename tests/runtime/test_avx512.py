@@ -86,11 +86,14 @@ def test_any_matrix(kernel: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_leaks_from_other_rows(kernel: ctypes.CDLL, path: Path) -> None:
     """A row is read together with values of the next one."""
-    weight = sparse(40, 40, 0.5, torch.bfloat16)
-    weight[5] = weight[20] = float("inf")
-    found = multiply(kernel, packed(weight), torch.ones(1, 40), path)
-    assert found.isfinite().sum() == 38
-    assert whole(kernel, packed(weight), path).equal(weight)
+    anywhere, groups = sparse(40, 40, 0.5, torch.bfloat16), two_of_four(40, 40, torch.bfloat16)
+    anywhere[5] = anywhere[20] = float("inf")
+    groups[5, ::2] = groups[20, ::2] = float("inf")
+    groups[5, 1::2] = groups[20, 1::2] = 0
+    for weight, format in ((anywhere, "bitmask"), (groups, "nm")):
+        found = multiply(kernel, packed(weight, format), torch.ones(1, 40), path)
+        assert found.isfinite().sum() == 38, format
+        assert whole(kernel, packed(weight, format), path).equal(weight)
 
 
 @pytest.mark.parametrize("path", PATHS)
