@@ -72,7 +72,9 @@ def test_two_of_four(tmp_path: Path) -> None:
     secateur.export(tmp_path / "packed", tmp_path / "dense", format="dense")
     model = load(tmp_path / "packed", "packed")
     assert {module.format for module in packed_modules(model)} == {"nm"}
-    assert logits(model).equal(logits(load(tmp_path / "dense")))
+    found, expected = logits(model), logits(load(tmp_path / "dense"))
+    assert found.dtype == torch.float16  # products may be summed in another order, and rounded otherwise
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.02)
 
 
 def test_shards(llama: tuple[Path, Path], tmp_path: Path) -> None:
