@@ -41,6 +41,10 @@ def choose(choices: Choices) -> Tensor | None:
     return choices.sparse(SHAPE, torch.ones(3, SHAPE[1]).bfloat16(), lambda: WEIGHT)
 
 
+def told_of(choices: Choices) -> str | None:
+    return choices.told(SHAPE, torch.bfloat16, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("seconds", "taken", "told"),
     [
@@ -54,11 +58,11 @@ def test_the_quicker_way_is_taken_and_told(
 ) -> None:
     clock = Clock(*seconds)
     choices = Choices(clock)
-    assert choices.told(torch.device("cpu")) is None
+    assert told_of(choices) is None
     for _ in range(2):  # measured once
         assert (choose(choices) is not None) == taken
     assert clock.calls == 3
-    assert choices.told(torch.device("cpu")) == f"2:4 on cpu: {told}"
+    assert told_of(choices) == f"2:4 of {told}"
 
 
 def test_another_shape_or_dtype_is_measured_anew(as_on_a_device: None) -> None:
@@ -81,7 +85,7 @@ def test_a_refusal_of_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU it refuses by itself."""
     choices = Choices(Clock(1.0, 0.5, 2.0))
     assert choose(choices) is None
-    told = choices.told(torch.device("cpu"))
+    told = told_of(choices)
     assert told is not None
     assert "unpacked, torch says: " in told
     assert "cpu is not supported" in told
@@ -138,6 +142,10 @@ def test_a_layer(sparse: float, quicker: bool, as_on_a_device: None, monkeypatch
     told = kernels.kernel_of(layer)
     assert told is not None
     assert ("64 x 128 semi-structured" in told) == quicker
+    other = linear_of(two_of_four(8, 64, torch.bfloat16), "nm")  # of a shape that was not asked
+    told = kernels.kernel_of(torch.nn.Sequential(layer, other))
+    assert told is not None
+    assert "; nm on cpu unpacked for every product" in told or "none, packed weights are unpacked" in told
 
 
 def test_new_parts_are_noticed(as_on_a_device: None, monkeypatch: pytest.MonkeyPatch) -> None:

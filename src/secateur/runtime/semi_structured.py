@@ -100,14 +100,10 @@ class Choices:
             self.known[key] = str(error).partition("\n")[0]
         return sparse if self._takes(key) else None
 
-    def told(self, device: torch.device) -> str | None:
-        """What was chosen on a device and why, shape by shape; None where nothing was asked."""
-        lines = [
-            f"{key[0]} x {key[1]} {_told(found)}"
-            for key, found in self.known.items()
-            if key[3] == str(device)
-        ]
-        return f"2:4 on {device}: {', '.join(lines)}" if lines else None
+    def told(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+        """What was chosen for a shape and why; None where it was never asked."""
+        found = self.known.get((*shape, dtype, str(device)))
+        return None if found is None else f"2:4 of {shape[0]} x {shape[1]} {_told(found)}"
 
     def _takes(self, key: Key, *, unless: bool = False) -> bool:
         found = self.known.get(key)

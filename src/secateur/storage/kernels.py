@@ -110,14 +110,15 @@ def _semi_structured(packed: PackedLinear, inputs: Tensor) -> Tensor | None:
 
 
 def _computed(layer: PackedLinear) -> str:
-    on_device = CHOICES.told(layer.weight.device) if layer.format == "nm" else None
-    if on_device is not None:
-        return on_device
-    kernel = library()
-    if layer.weight.is_cpu and kernel is None:
+    device, kernel = layer.weight.device, library()
+    if layer.format == "nm":
+        told = CHOICES.told((layer.out_features, layer.in_features), layer.stored, device)
+        if told is not None:
+            return told
+    if device.type == "cpu" and kernel is None:
         return f"none, packed weights are unpacked for every product: {why_missing()}"
-    if kernel is None or not isinstance(layer.prepared, Matrix):
-        return f"{layer.format} on {layer.weight.device} unpacked for every product"
+    if device.type != "cpu" or kernel is None or not isinstance(layer.prepared, Matrix):
+        return f"{layer.format} on {device} unpacked for every product"
     return f"compiled, {NAMES[path_of(kernel)]}"
 
 
