@@ -120,7 +120,7 @@ def test_weights_that_it_takes(family: str, format: str, tmp_path: Path) -> None
     loaded = load_fastest(opened, torch.float32, CPU)
     linears = [module for module in loaded.model.modules() if isinstance(module, PackedLinear)]
     assert len(linears) == len(opened.checkpoint.formats)
-    assert all(kernels.matrix_of(linear) for linear in linears)
+    assert all(kernels.matrix_of(linear, linear.format, linear.parts) for linear in linears)
 
 
 def test_other_devices(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from secateur.checkpoint.packing import Packed
 from secateur.runtime.build import library, why_missing
-from secateur.runtime.kernel import Matrix
+from secateur.runtime.kernel import Matrix, Path, multiply, tiles
 from secateur.storage.kernels import matrix_of
 from secateur.storage.packed_linear import PackedLinear
 
@@ -46,6 +48,39 @@ def linear_of(weight: Tensor, format: str = "bitmask", dtype: torch.dtype | None
 
 
 def packed(weight: Tensor, format: str = "bitmask") -> Matrix:
-    matrix = matrix_of(linear_of(weight, format))
+    layer = linear_of(weight, format)
+    matrix = matrix_of(layer, format, layer.parts)
     assert matrix is not None
     return matrix
+
+
+def whole(kernel: ctypes.CDLL, matrix: Matrix, path: Path | None = None) -> Tensor:
+    """All tiles as one matrix."""
+    return torch.cat([tile.clone() for _, tile in tiles(kernel, matrix, path)])
+
+
+def check_path(
+    kernel: ctypes.CDLL, weight: Tensor, matrix: Matrix, rows: int, path: Path, seed: int = 0
+) -> None:
+    """Float32 sums of exact products, of x in float32 and bfloat16: a bound on their rounding, far below that
+    of bfloat16. Tiles are the weight, bit for bit."""
+    wide = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    for x in (wide, wide.bfloat16()):
+        expected = x.double() @ weight.double().T
+        bound = 1e-6 * (x.double().abs() @ weight.double().abs().T) + 1e-12
+        assert ((multiply(kernel, matrix, x, path) - expected).abs() <= bound).all(), (path, x.dtype)
+    assert whole(kernel, matrix, path).view(torch.int16).equal(weight.view(torch.int16)), path
+
+
+def fenced(matrix: Matrix) -> Matrix:
+    """The same, with codes and values at the end of memory that may be read: one byte more is a crash."""
+    return replace(matrix, codes=_fenced(matrix.codes), values=_fenced(matrix.values))
+
+
+def _fenced(tensor: Tensor) -> Tensor:
+    whole = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + whole), mmap.PAGESIZE, 0) == 0
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=whole - tensor.nbytes)
+    return raw.view(tensor.dtype).view(tensor.shape).copy_(tensor)

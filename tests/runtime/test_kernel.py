@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from secateur.core.errors import InputError
 from secateur.runtime import kernel as runtime
-from secateur.runtime.kernel import Matrix, Path, linear, multiply, tiles
+from secateur.runtime.kernel import HIGHEST, Matrix, Path, linear, multiply, path_of
 
-from .matrices import kernel_or_skip, packed, sparse, two_of_four
+from .matrices import check_path, fenced, kernel_or_skip, packed, sparse, two_of_four, whole
 
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 7), (3, 8), (33, 16), (37, 31), (64, 40), (70, 100), (9, 129), (40, 24)]
@@ -26,22 +27,12 @@ def kernel() -> ctypes.CDLL:
 
 
 def paths(kernel: ctypes.CDLL) -> list[Path]:
-    return [path for path in (Path.PORTABLE, Path.AVX2) if path <= kernel.secateur_path()]
-
-
-def whole(kernel: ctypes.CDLL, matrix: Matrix, path: Path) -> Tensor:
-    return torch.cat([tile.clone() for _, tile in tiles(kernel, matrix, path)])
+    return [path for path in Path if path <= kernel.secateur_path()]
 
 
 def check(kernel: ctypes.CDLL, weight: Tensor, matrix: Matrix, rows: int, seed: int = 0) -> None:
-    """Float32 sums of exact products: a bound on their rounding, far below that of bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, weight.shape[1], generator=generator)
-    expected = x.double() @ weight.double().T
-    bound = 1e-6 * (x.double().abs() @ weight.double().abs().T) + 1e-12
     for path in paths(kernel):
-        assert ((multiply(kernel, matrix, x, path) - expected).abs() <= bound).all(), path
-        assert whole(kernel, matrix, path).view(torch.int16).equal(weight.view(torch.int16)), path
+        check_path(kernel, weight, matrix, rows, path, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,6 +90,14 @@ def test_infinite_neighbours_do_not_leak(kernel: ctypes.CDLL) -> None:
             assert found.isfinite().sum() == 39, (format, path)
 
 
+def test_nothing_is_read_behind_codes_and_values(kernel: ctypes.CDLL) -> None:
+    for columns in (33, 40, 520):
+        weight = sparse(40, columns, 0.6, torch.bfloat16)
+        check(kernel, weight, fenced(packed(weight)), 9)
+        weight = two_of_four(40, columns // 8 * 8, torch.bfloat16)
+        check(kernel, weight, fenced(packed(weight, "nm")), 9)
+
+
 def test_zero_times_infinity_is_that_of_a_dense_layer(kernel: ctypes.CDLL) -> None:
     weight = sparse(40, 32, 0.5, torch.bfloat16)
     x = torch.ones(1, 32)
@@ -135,6 +134,30 @@ def test_views_and_no_rows(kernel: ctypes.CDLL) -> None:
     assert linear(kernel, packed(weight), x[:0]).shape == (0, 20)
 
 
+def test_a_variable_names_the_highest_path(kernel: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = Path(kernel.secateur_path())
+    monkeypatch.delenv(HIGHEST, raising=False)
+    assert path_of(kernel) == best
+    for path in Path:
+        monkeypatch.setenv(HIGHEST, path.label)
+        assert path_of(kernel) == min(path, best)
+    monkeypatch.setenv(HIGHEST, "avx")
+    with pytest.raises(InputError, match="portable, avx2, avx512, avx512-bf16"):
+        multiply(kernel, packed(sparse(4, 8, 0.5, torch.bfloat16)), torch.ones(1, 8))
+
+
+def test_the_path_is_that_of_the_variable(kernel: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both add in an order of their own."""
+    matrix, x = packed(sparse(8, 1000, 0.5, torch.bfloat16)), torch.linspace(-1, 3, 1000)[None]
+    if kernel.secateur_path() == Path.PORTABLE:
+        pytest.skip("one path")
+    slow, quick = (multiply(kernel, matrix, x, path) for path in (Path.PORTABLE, Path.AVX2))
+    assert not slow.equal(quick)
+    for path, expected in ((Path.PORTABLE, slow), (Path.AVX2, quick)):
+        monkeypatch.setenv(HIGHEST, path.label)
+        assert multiply(kernel, matrix, x).equal(expected)
+
+
 def test_threads_change_no_bit(kernel: ctypes.CDLL) -> None:
     """Nor do callers in other threads."""
     weight = sparse(700, 256, 0.6, torch.bfloat16)
@@ -144,7 +167,7 @@ def test_threads_change_no_bit(kernel: ctypes.CDLL) -> None:
     try:
         torch.set_num_threads(2)
         assert multiply(kernel, matrix, x).equal(expected)
-        assert whole(kernel, matrix, Path.BEST).equal(weight)
+        assert whole(kernel, matrix).equal(weight)
         found: list[Tensor] = []
         callers = [
             threading.Thread(target=lambda: found.append(multiply(kernel, matrix, x))) for _ in range(3)

@@ -82,9 +82,10 @@ def test_where_the_weight_is_unpacked(computed: list[int]) -> None:
     assert linear_of(full)(x[:, :10]).equal(torch.nn.functional.linear(x[:, :10], full))
     for odd in (two_of_four(4, 20, torch.bfloat16), two_of_four(4, 32, torch.bfloat16).repeat(1, 1)[:, ::2]):
         odd = odd.contiguous()
-        assert kernels.matrix_of(linear_of(odd, "nm")) is None
+        layer = linear_of(odd, "nm")
+        assert kernels.matrix_of(layer, "nm", layer.parts) is None
         inputs = torch.ones(1, odd.shape[1], dtype=odd.dtype)
-        assert linear_of(odd, "nm")(inputs).equal(torch.nn.functional.linear(inputs, odd))
+        assert layer(inputs).equal(torch.nn.functional.linear(inputs, odd))
     assert computed == []
 
 

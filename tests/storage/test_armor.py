@@ -17,8 +17,12 @@ from secateur.core.pattern import Pattern
 from secateur.core.selection import select
 from secateur.pipeline.opened import open_model
 from secateur.report.verdict import verdict
+from secateur.runtime.build import library, why_missing
+from secateur.storage import kernels
 from secateur.storage.armor import FactoredFormat, packed
+from secateur.storage.bitmask import Bitmask
 from secateur.storage.formats import Packed
+from secateur.storage.nm import GroupsOfM
 from secateur.storage.packed_linear import PackedLinear
 from secateur.storage.quantizer import SecateurQuantizationConfig
 
@@ -63,6 +67,37 @@ def test_a_packed_layer_multiplies_one_after_the_other(pattern: str) -> None:
     layer, inputs = PackedLinear(one, torch.empty(1), bias), draw(2, 5, 16)
     expected = torch.nn.functional.linear(inputs, one.unpack(), bias)
     torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "matrix"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_the_kernel_multiplies_by_the_core_as_it_lies_there(
+    rows: int, stored: torch.dtype, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sums as with S unpacked, in another order."""
+    if library() is None:
+        pytest.skip(why_missing() or "no kernel")
+    layer = PackedLinear(packed(factored(pattern), stored, Pattern.parse(pattern)), torch.empty(1))
+    inputs, unpacked = draw(rows, 16), []
+    real = Bitmask.unpack if pattern == "matrix" else GroupsOfM.unpack
+    for format in (Bitmask, GroupsOfM):
+        monkeypatch.setattr(format, "unpack", lambda *inner: unpacked.append(inner) or real(*inner))
+    found = layer(inputs)
+    assert not unpacked
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    torch.testing.assert_close(found, layer(inputs), rtol=1e-5, atol=1e-5)
+    assert len(unpacked) == 1
+
+
+def test_a_core_that_the_kernel_does_not_know_is_unpacked() -> None:
+    layer = PackedLinear(packed(factored("3:8"), torch.bfloat16, Pattern.parse("3:8")), torch.empty(1))
+    inputs, parts = draw(3, 16), layer.parts
+    core = GroupsOfM.unpack(
+        {"values": parts["core_values"], "indices": parts["core_indices"]}, (12, 16), torch.float32
+    )
+    expected = inputs @ torch.block_diag(*parts["right"].float()).T @ core.T
+    torch.testing.assert_close(layer(inputs), expected @ torch.block_diag(*parts["left"].float()).T)
 
 
 @pytest.mark.parametrize("part", ["left", "right", "core_values", "core_indices"])

@@ -74,7 +74,9 @@ def test_seventy_percent_of_seedling(tmp_path: Path) -> None:
 def test_same_logits(half: tuple[Path, Path]) -> None:
     expected = logits(load(half[0]))
     assert logits(load(half[1])).equal(expected)
-    assert logits(load(half[1], "packed")).equal(expected)
+    found = logits(load(half[1], "packed"))
+    assert found.dtype == torch.float16  # products may be summed in another order, and rounded otherwise
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.02)
 
 
 def test_dense_files_come_back(half: tuple[Path, Path], tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ def test_two_of_four(tmp_path: Path) -> None:
     secateur.export(tmp_path / "packed", tmp_path / "dense", format="dense")
     model = load(tmp_path / "packed", "packed")
     assert {module.format for module in packed_modules(model)} == {"nm"}
-    assert logits(model).equal(logits(load(tmp_path / "dense")))
+    found, expected = logits(model), logits(load(tmp_path / "dense"))
+    assert found.dtype == torch.float16  # products may be summed in another order, and rounded otherwise
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.02)
 
 
 def test_transposed_matrices_stay_packed_in_two_of_four(tmp_path: Path) -> None:
@@ -234,7 +236,8 @@ assert one.equal(two) and one.equal(three)
 
 def in_fresh_process(source: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", source, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_in_a_fresh_process(llama: tuple[Path, Path]) -> None:

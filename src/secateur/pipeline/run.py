@@ -203,12 +203,11 @@ def bench(
     chosen = choose_device(device)
     opened = open_model(model)
     precision = choose_dtype(dtype, chosen, opened.stored_dtype)
-    loaded, kernel = _loaded(opened, precision, chosen, packed)
+    loaded, unpacked = _loaded(opened, precision, chosen, packed)
     result: dict[str, Any] = {
         "model": str(model),
         "bytes": opened.checkpoint.nbytes,
         "weight_bytes": weight_bytes(loaded),
-        "kernel": kernel,
         "machine": machine_facts(),
         "dtype": str(precision).removeprefix("torch."),
         "repeats": repeats,
@@ -217,9 +216,10 @@ def bench(
         result |= measure_speed(
             loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, progress=progress
         ).as_dict()
+        result["kernel"] = unpacked or kernel_of(loaded)
     else:
         other = open_model(against)
-        rival, its_kernel = _loaded(other, precision, chosen, packed)
+        rival, other_unpacked = _loaded(other, precision, chosen, packed)
         both = compare_speed(
             loaded,
             rival,
@@ -230,7 +230,8 @@ def bench(
         )
         result |= {
             "against": str(against), "bytes_against": other.checkpoint.nbytes,
-            "weight_bytes_against": weight_bytes(rival), "kernel": kernel or its_kernel,
+            "weight_bytes_against": weight_bytes(rival),
+            "kernel": unpacked or kernel_of(loaded) or other_unpacked or kernel_of(rival),
             **both.as_dict(),
         }  # fmt: skip
     result["peak_memory_bytes"] = peak_memory_bytes()
@@ -240,10 +241,10 @@ def bench(
 def _loaded(
     opened: Opened, dtype: torch.dtype, device: torch.device, packed: bool | None
 ) -> tuple[PreTrainedModel, str | None]:
-    """A model, and what computes from its packed weights: None where all are dense and should be."""
+    """A model, and why its packed weights are not kept so: None where they are, or it has none."""
     reason = why_unpacked(opened, dtype, device) if packed is None else None
     model = opened.load(dtype, device, packed=reason is None if packed is None else packed)
-    return model, f"none, loaded dense: {reason}" if reason else kernel_of(model)
+    return model, f"none, loaded dense: {reason}" if reason else None
 
 
 def compare(runs: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ _LONG, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 _MATRIX = (_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT)
 _ARGUMENTS = {
     "secateur_path": (),
-    "secateur_multiply": (*_MATRIX, _INT, _POINTER, _LONG, _POINTER, _INT, _INT),
+    "secateur_multiply": (*_MATRIX, _INT, _INT, _POINTER, _LONG, _POINTER, _INT, _INT),
     "secateur_unpack": (*_MATRIX, _LONG, _LONG, _POINTER, _INT, _INT),
 }
 

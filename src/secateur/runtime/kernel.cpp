@@ -7,19 +7,30 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define HAS_AVX2 1
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
+// Compilers that know all of it. A test defines AVX512 and functions in place of the instructions.
+#if defined(AVX512) || (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
+#define HAS_AVX512 1
+#endif
+#if defined(HAS_AVX512) && !defined(AVX512)
+// One list for both paths: bf16 instructions appear only where they are called by name, in PAIRS.
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt")))
+#endif
 #endif
 
 namespace {
 
 enum Layout { BITMASK = 0, TWO_OF_FOUR = 1 };
-enum Path { BEST = -1, PORTABLE = 0, VECTOR = 1 };
-constexpr int64_t STEP = 16;    // columns a step of the vector path: two codes
+enum Path { PORTABLE = 0, VECTOR = 1, VECTOR_512 = 2, PAIRS_512 = 3 };
+constexpr int64_t STEP = 16;    // columns a step of AVX2: two codes
+constexpr int64_t CHUNK = 32;   // columns a step of AVX-512: four codes
+constexpr int64_t SPAN = 16;    // chunks whose codes are read at once
 constexpr int64_t BLOCK = 32;   // rows a task
 constexpr int BATCH = 8;        // rows of x that share a decompression
 constexpr int8_t NONE = -1;     // of a shuffle: writes zero
@@ -64,8 +75,8 @@ struct Matrix {
 
     const uint8_t* code(int64_t row) const { return codes + row * width; }
     const uint16_t* value(int64_t row) const { return values + offsets[row]; }
-    // Quick code reads 8 values at a time, of which not all are the row's: not in rows near the end of `values`.
-    bool reads_within(int64_t row) const { return offsets[row + 1] + 8 <= offsets[rows]; }
+    // Quick code reads `some` values at a time, of which not all are the row's: not in rows near the end of `values`.
+    bool reads_within(int64_t row, int64_t some = 8) const { return offsets[row + 1] + some <= offsets[rows]; }
 };
 
 float widened(uint16_t bits, bool half) {
@@ -87,6 +98,10 @@ float widened(uint16_t bits, bool half) {
 
 // ---- portable ----
 
+float sum_of(const float* lane) {
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
 // Writes a row of W, rounded up to whole codes.
 void expand_row(const Matrix& w, int64_t row, uint16_t* out) {
     const Table& table = TABLES[w.layout];
@@ -104,10 +119,15 @@ void expand_row(const Matrix& w, int64_t row, uint16_t* out) {
     }
 }
 
-// What the batch of x is for both paths: rows of `stride` floats, with zeros behind the last column.
+// How weights meet x: widened by halves of a step (float16), widened by even and odd columns (bfloat16), or two
+// columns an instruction, both bfloat16.
+enum Product { HALVES, EVEN_ODD, PAIRS };
+
+// The batch of x as the paths read it: rows of `stride` numbers, with zeros behind the last column.
 struct Inputs {
-    const float* plain;    // in the order of columns
-    const float* ordered;  // bfloat16: of every 16 the even ones first; float16: the same
+    const float* plain;      // in the order of columns
+    const float* ordered;    // EVEN_ODD: of every step the even columns first; else the same
+    const uint16_t* narrow;  // PAIRS: the same in bfloat16
     int64_t stride;
     int batch;
 };
@@ -126,7 +146,7 @@ void multiply_portable(const Matrix& w, int64_t first, int64_t last, const Input
             float sum[8] = {};  // apart, so that a compiler may use vectors
             for (int64_t column = 0; column < w.width * 8; column += 8)
                 for (int lane = 0; lane < 8; ++lane) sum[lane] += row_of_w[column + lane] * row_of_x[column + lane];
-            y[m * w.rows + row] = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+            y[m * w.rows + row] = sum_of(sum);
         }
     }
 }
@@ -207,13 +227,17 @@ AVX2 void dot_rows(const Matrix& w, int64_t row, const Inputs& x, float* y) {
         for (int m = 0; m < M; ++m) y[m * w.rows + row + k] = sum_of(sum[k][m]);
 }
 
-template <Layout L, bool HALF, int M>
-AVX2 void multiply_vector(const Matrix& w, int64_t row, int64_t last, const Inputs& x, float* y) {
-    constexpr int ROWS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // as many sums as registers hold
-    for (; row + ROWS <= last && w.reads_within(row + ROWS - 1); row += ROWS) dot_rows<L, HALF, M, ROWS>(w, row, x, y);
-    for (; row < last && w.reads_within(row); ++row) dot_rows<L, HALF, M, 1>(w, row, x, y);
-    multiply_portable(w, row, last, x, y);
-}
+template <Layout L, bool HALF>
+struct Vector {
+    template <int M>
+    AVX2 static void multiply(const Matrix& w, int64_t row, int64_t last, const Inputs& x, float* y) {
+        constexpr int ROWS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // as many sums as registers hold
+        for (; row + ROWS <= last && w.reads_within(row + ROWS - 1); row += ROWS)
+            dot_rows<L, HALF, M, ROWS>(w, row, x, y);
+        for (; row < last && w.reads_within(row); ++row) dot_rows<L, HALF, M, 1>(w, row, x, y);
+        multiply_portable(w, row, last, x, y);
+    }
+};
 
 template <Layout L>
 AVX2 void unpack_vector(const Matrix& w, int64_t row, int64_t last, uint16_t* out) {
@@ -236,22 +260,119 @@ AVX2 void unpack_vector(const Matrix& w, int64_t row, int64_t last, uint16_t* ou
 }
 #endif
 
-using Multiply = void (*)(const Matrix&, int64_t, int64_t, const Inputs&, float*);
-using Unpack = void (*)(const Matrix&, int64_t, int64_t, uint16_t*);
+// ---- AVX-512 with VBMI2: an expand puts the next values where the bits of a mask are ----
+#ifdef HAS_AVX512
 
-#ifdef HAS_AVX2
-template <Layout L, bool HALF>
-Multiply vector_for(int batch) {
-    constexpr Multiply all[BATCH] = {
-        multiply_vector<L, HALF, 1>, multiply_vector<L, HALF, 2>, multiply_vector<L, HALF, 3>,
-        multiply_vector<L, HALF, 4>, multiply_vector<L, HALF, 5>, multiply_vector<L, HALF, 6>,
-        multiply_vector<L, HALF, 7>, multiply_vector<L, HALF, 8>,
-    };
-    return all[batch - 1];
+// 64 codes of 2:4 as masks of 8 columns: four bits name two places of four.
+AVX512 inline __m512i masks_of_places(__m512i codes) {
+    const __m512i places = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
+    const __m512i low_bits = _mm512_set1_epi32(0x0f0f0f0f);
+    const __m512i low = _mm512_shuffle_epi8(places, _mm512_and_si512(codes, low_bits));
+    const __m512i high = _mm512_shuffle_epi8(places, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low_bits));
+    return _mm512_or_si512(low, _mm512_slli_epi16(high, 4));
+}
+
+// The masks of a span of a row from a code on; behind the row there is nothing.
+AVX512 inline void read_masks(const Matrix& w, int64_t row, int64_t at, uint32_t* masks) {
+    const int64_t left = w.width - at;
+    const __mmask64 there = left < 64 ? (uint64_t(1) << left) - 1 : ~uint64_t(0);
+    __m512i codes = _mm512_maskz_loadu_epi8(there, w.code(row) + at);
+    if (w.layout == TWO_OF_FOUR) codes = _mm512_maskz_mov_epi8(there, masks_of_places(codes));
+    _mm512_storeu_si512(masks, codes);
+}
+
+// The next 32 columns in the dtype of the file; `next` moves on.
+AVX512 inline __m512i expand_chunk(uint32_t mask, const uint16_t*& next) {
+    const __m512i values = _mm512_loadu_si512(next);
+    next += _mm_popcnt_u32(mask);
+    return _mm512_maskz_expand_epi16(mask, values);
+}
+
+// sum + 32 columns of a row of W times those of a row of x, which begin at `at` in all that `x` has.
+// The instruction of PAIRS takes numbers below 1.2e-38 for zero.
+template <Product P>
+AVX512 inline __m512 add_products(__m512 sum, __m512i w, const Inputs& x, int64_t at) {
+    if (P == PAIRS) return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x.narrow + at));
+    const __m512 a = P == HALVES ? _mm512_cvtph_ps(_mm512_castsi512_si256(w))
+                                 : _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+    const __m512 b = P == HALVES ? _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1))
+                                 : _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000))));
+    sum = _mm512_fmadd_ps(a, _mm512_loadu_ps(x.ordered + at), sum);
+    return _mm512_fmadd_ps(b, _mm512_loadu_ps(x.ordered + at + CHUNK / 2), sum);
+}
+
+AVX512 inline float sum_of_512(__m512 v) {
+    float lane[16];
+    _mm512_storeu_ps(lane, v);
+    for (int i = 0; i < 8; ++i) lane[i] += lane[i + 8];
+    return sum_of(lane);
+}
+
+// ROWS rows of W side by side: where the values of a chunk begin is known only after the chunk before, and while one
+// row waits for that the others go on. They share what is read of x.
+template <Product P, int M, int ROWS>
+AVX512 void dot_rows_512(const Matrix& w, int64_t row, const Inputs& x, float* y) {
+    const uint16_t* next[ROWS];
+    __m512 sum[ROWS][M];
+    uint32_t masks[ROWS][SPAN];
+    for (int k = 0; k < ROWS; ++k) {
+        next[k] = w.value(row + k);
+        for (int m = 0; m < M; ++m) sum[k][m] = _mm512_setzero_ps();
+    }
+    const int64_t chunks = (w.columns + CHUNK - 1) / CHUNK;
+    for (int64_t first = 0; first < chunks; first += SPAN) {
+        for (int k = 0; k < ROWS; ++k) read_masks(w, row + k, first * 4, masks[k]);
+        const int64_t some = std::min(SPAN, chunks - first);
+        for (int64_t chunk = 0; chunk < some; ++chunk)
+            for (int k = 0; k < ROWS; ++k) {
+                const __m512i expanded = expand_chunk(masks[k][chunk], next[k]);
+                for (int m = 0; m < M; ++m)
+                    sum[k][m] = add_products<P>(sum[k][m], expanded, x, m * x.stride + (first + chunk) * CHUNK);
+            }
+    }
+    for (int k = 0; k < ROWS; ++k)
+        for (int m = 0; m < M; ++m) y[m * w.rows + row + k] = sum_of_512(sum[k][m]);
+}
+
+template <Product P>
+struct Vector512 {
+    template <int M>
+    AVX512 static void multiply(const Matrix& w, int64_t row, int64_t last, const Inputs& x, float* y) {
+        constexpr int ROWS = M <= 4 ? 4 : 2;  // 16 sums at most, of 32 registers
+        for (; row + ROWS <= last && w.reads_within(row + ROWS - 1, CHUNK); row += ROWS)
+            dot_rows_512<P, M, ROWS>(w, row, x, y);
+        for (; row < last && w.reads_within(row, CHUNK); ++row) dot_rows_512<P, M, 1>(w, row, x, y);
+        multiply_portable(w, row, last, x, y);
+    }
+};
+
+AVX512 void unpack_512(const Matrix& w, int64_t row, int64_t last, uint16_t* out) {
+    uint32_t masks[SPAN];
+    for (; row < last && w.reads_within(row, CHUNK); ++row, out += w.columns) {
+        const uint16_t* next = w.value(row);
+        for (int64_t column = 0; column < w.columns; column += CHUNK) {
+            const int64_t chunk = column / CHUNK, left = w.columns - column;
+            if (chunk % SPAN == 0) read_masks(w, row, chunk * 4, masks);
+            const __m512i expanded = expand_chunk(masks[chunk % SPAN], next);
+            const __mmask32 there = left < CHUNK ? (uint32_t(1) << left) - 1 : ~uint32_t(0);
+            _mm512_mask_storeu_epi16(out + column, there, expanded);
+        }
+    }
+    unpack_portable(w, row, last, out);
 }
 #endif
 
+// ---- which of them ----
+
+using Multiply = void (*)(const Matrix&, int64_t, int64_t, const Inputs&, float*);
+using Unpack = void (*)(const Matrix&, int64_t, int64_t, uint16_t*);
+
 int best_path() {
+#ifdef HAS_AVX512  // the system's support of the registers is looked at too
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt"))
+        return __builtin_cpu_supports("avx512bf16") ? PAIRS_512 : VECTOR_512;
+#endif
 #ifdef HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
         __builtin_cpu_supports("popcnt"))
@@ -260,21 +381,75 @@ int best_path() {
     return PORTABLE;
 }
 
-Multiply multiply_for(const Matrix& w, int batch, int path) {
+// The function of K for a batch of 1 to BATCH rows.
+template <typename K, int... LESS>
+Multiply of_batch(int batch, std::integer_sequence<int, LESS...>) {
+    constexpr Multiply all[] = {K::template multiply<LESS + 1>...};
+    return all[batch - 1];
+}
+
+template <typename K>
+Multiply of_batch(int batch) {
+    return of_batch<K>(batch, std::make_integer_sequence<int, BATCH>());
+}
+
+Multiply multiply_for(const Matrix& w, int batch, int path, Product product) {
+#ifdef HAS_AVX512
+    if (path >= VECTOR_512 && product == PAIRS) return of_batch<Vector512<PAIRS>>(batch);
+    if (path >= VECTOR_512) return w.half ? of_batch<Vector512<HALVES>>(batch) : of_batch<Vector512<EVEN_ODD>>(batch);
+#endif
 #ifdef HAS_AVX2
-    if (path == VECTOR && w.layout == BITMASK)
-        return w.half ? vector_for<BITMASK, true>(batch) : vector_for<BITMASK, false>(batch);
-    if (path == VECTOR) return w.half ? vector_for<TWO_OF_FOUR, true>(batch) : vector_for<TWO_OF_FOUR, false>(batch);
+    if (path >= VECTOR && w.layout == BITMASK)
+        return w.half ? of_batch<Vector<BITMASK, true>>(batch) : of_batch<Vector<BITMASK, false>>(batch);
+    if (path >= VECTOR)
+        return w.half ? of_batch<Vector<TWO_OF_FOUR, true>>(batch) : of_batch<Vector<TWO_OF_FOUR, false>>(batch);
 #endif
     return multiply_portable;
 }
 
 Unpack unpack_for(const Matrix& w, int path) {
+#ifdef HAS_AVX512
+    if (path >= VECTOR_512) return unpack_512;
+#endif
 #ifdef HAS_AVX2
-    if (path == VECTOR) return w.layout == BITMASK ? unpack_vector<BITMASK> : unpack_vector<TWO_OF_FOUR>;
+    if (path >= VECTOR) return w.layout == BITMASK ? unpack_vector<BITMASK> : unpack_vector<TWO_OF_FOUR>;
 #endif
     return unpack_portable;
 }
+
+// Owns a batch of x as the paths read it.
+class Arranged {
+  public:
+    Arranged(int64_t columns, Product product, int path)
+        : columns(columns), stride((columns + CHUNK - 1) / CHUNK * CHUNK), product(product),
+          step(path >= VECTOR_512 ? CHUNK : STEP) {}
+
+    Inputs of(const float* x, int batch) {
+        plain.assign(batch * stride, 0.0f);
+        for (int m = 0; m < batch; ++m) std::copy_n(x + m * columns, columns, plain.data() + m * stride);
+        if (product == EVEN_ODD) {
+            ordered.resize(plain.size());
+            for (int64_t at = 0; at < batch * stride; ++at)
+                ordered[at / step * step + at % 2 * (step / 2) + at % step / 2] = plain[at];
+        }
+        if (product == PAIRS) {  // the numbers are of bfloat16: the rest of their bits is zero
+            narrow.resize(plain.size());
+            for (int64_t at = 0; at < batch * stride; ++at) {
+                uint32_t bits;
+                std::memcpy(&bits, &plain[at], sizeof bits);
+                narrow[at] = static_cast<uint16_t>(bits >> 16);
+            }
+        }
+        return {plain.data(), product == EVEN_ODD ? ordered.data() : plain.data(), narrow.data(), stride, batch};
+    }
+
+  private:
+    const int64_t columns, stride;
+    const Product product;
+    const int64_t step;
+    std::vector<float> plain, ordered;
+    std::vector<uint16_t> narrow;
+};
 
 // Tasks are dealt out one by one: rows differ in what they hold, and cores in what else they do.
 template <typename Task>
@@ -291,30 +466,24 @@ void for_blocks(int64_t first, int64_t last, int threads, Task task) {
 
 extern "C" {
 
-// What BEST stands for on this processor.
+// The best path that this processor has.
 int secateur_path() {
     static const int best = best_path();
     return best;
 }
 
-// y (batch, rows) = x (batch, columns) W^T, all float32 and contiguous.
+// y (batch, rows) = x (batch, columns) W^T, all float32 and contiguous. `half`: W is float16, else bfloat16;
+// `narrow`: so are all numbers of x bfloat16, though they are given as float32.
 void secateur_multiply(int64_t rows, int64_t columns, const uint8_t* codes, const uint16_t* values,
-                       const int64_t* offsets, int layout, int half, const float* x, int64_t batch, float* y,
-                       int threads, int path) {
+                       const int64_t* offsets, int layout, int half, int narrow, const float* x, int64_t batch,
+                       float* y, int threads, int path) {
     const Matrix w{rows, columns, (columns + 7) / 8, codes, values, offsets, Layout(layout), half != 0};
-    if (path == BEST) path = secateur_path();
-    const int64_t stride = (columns + STEP - 1) / STEP * STEP;
-    std::vector<float> plain(std::min<int64_t>(batch, BATCH) * stride), ordered(half ? 0 : plain.size());
+    const Product product = half ? HALVES : narrow && path >= PAIRS_512 ? PAIRS : EVEN_ODD;
+    Arranged arranged(columns, product, path);
     for (int64_t start = 0; start < batch; start += BATCH) {
         const int some = static_cast<int>(std::min<int64_t>(BATCH, batch - start));
-        for (int m = 0; m < some; ++m) {
-            float* row = plain.data() + m * stride;
-            std::copy_n(x + (start + m) * columns, columns, row);
-            for (int64_t at = 0; !half && at < stride; ++at)
-                ordered[m * stride + at / STEP * STEP + at % 2 * 8 + at % STEP / 2] = row[at];
-        }
-        const Inputs inputs{plain.data(), half ? plain.data() : ordered.data(), stride, some};
-        const Multiply multiply = multiply_for(w, some, path);
+        const Inputs inputs = arranged.of(x + start * columns, some);
+        const Multiply multiply = multiply_for(w, some, path, product);
         for_blocks(0, rows, threads, [&](int64_t from, int64_t to) { multiply(w, from, to, inputs, y + start * rows); });
     }
 }
@@ -324,7 +493,7 @@ void secateur_unpack(int64_t rows, int64_t columns, const uint8_t* codes, const 
                      const int64_t* offsets, int layout, int64_t first, int64_t last, uint16_t* out, int threads,
                      int path) {
     const Matrix w{rows, columns, (columns + 7) / 8, codes, values, offsets, Layout(layout), false};
-    const Unpack unpack = unpack_for(w, path == BEST ? secateur_path() : path);
+    const Unpack unpack = unpack_for(w, path);
     for_blocks(first, last, threads,
                [&](int64_t from, int64_t to) { unpack(w, from, to, out + (from - first) * columns); });
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -10,7 +11,12 @@ from enum import IntEnum
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MOST_ROWS", "Layout", "Matrix", "Path", "linear", "multiply", "tiles"]
+from secateur.core.errors import InputError
+
+__all__ = ["HIGHEST", "MOST_ROWS", "Layout", "Matrix", "Path", "linear", "multiply", "path_of", "tiles"]
+
+HIGHEST = "SECATEUR_KERNEL"
+"""Environment variable that names the highest path to take (`avx2`): to compare them, or to avoid one."""
 
 MOST_ROWS = 16
 """With more rows of x, unpacking and the ordinary product take less time."""
@@ -28,11 +34,39 @@ class Layout(IntEnum):
 
 
 class Path(IntEnum):
-    """Which instructions are used; `BEST` is what this processor has."""
+    """Which instructions are used; a processor with one has all before it.
 
-    BEST = -1
+    `AVX512` needs BW, VL and VBMI2; `AVX512_BF16` multiplies bfloat16 by bfloat16 without widening them.
+    """
+
     PORTABLE = 0
     AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+
+    @property
+    def label(self) -> str:
+        """As people write it: `avx512-bf16`."""
+        return self.name.lower().replace("_", "-")
+
+
+WITHOUT_16_BITS = (Path.AVX2, Path.AVX512)
+"""Processors on which torch's products in 16 bits take several times as long as those in float32."""
+
+
+def path_of(kernel: ctypes.CDLL) -> Path:
+    """The best path of this processor, or that of `$SECATEUR_KERNEL` if it is lower.
+
+    Raises:
+        InputError: the variable names no path.
+    """
+    best, asked = Path(kernel.secateur_path()), os.environ.get(HIGHEST)
+    if not asked:
+        return best
+    labels = {path.label: path for path in Path}
+    if asked not in labels:
+        raise InputError(f"{HIGHEST}={asked}", f"one of {', '.join(labels)}")
+    return min(best, labels[asked])
 
 
 @dataclass(frozen=True)
@@ -69,30 +103,38 @@ def linear(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | N
         sums = multiply(kernel, matrix, flat)
         outputs = (sums if bias is None else sums.add_(bias)).to(inputs.dtype)
     else:
-        outputs = inputs.new_empty((len(flat), matrix.shape[0]))
-        for first, tile in tiles(kernel, matrix):
-            part = slice(first, first + len(tile))
-            own = None if bias is None else bias[part]
-            outputs[:, part] = nn.functional.linear(flat, tile.to(inputs.dtype), own)
+        outputs = _by_tiles(kernel, matrix, flat, bias)
     return outputs.view(*inputs.shape[:-1], matrix.shape[0])
 
 
-def multiply(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, path: Path = Path.BEST) -> Tensor:
-    """(batch, columns) of any floating dtype -> (batch, rows) float32, with float32 sums."""
-    x = inputs.to(torch.float32).contiguous()
-    batch, half = x.shape[0], matrix.values.dtype == torch.float16
-    outputs = x.new_empty((batch, matrix.shape[0]))
-    kernel.secateur_multiply(
-        *matrix.arguments(), half, x.data_ptr(), batch, outputs.data_ptr(), _threads(matrix), path
-    )
+def _by_tiles(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    outputs = inputs.new_empty((len(inputs), matrix.shape[0]))
+    dtype = torch.float32 if kernel.secateur_path() in WITHOUT_16_BITS else inputs.dtype
+    x, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
+    for first, tile in tiles(kernel, matrix):
+        part = slice(first, first + len(tile))
+        outputs[:, part] = nn.functional.linear(x, tile.to(dtype), None if bias is None else bias[part])
     return outputs
 
 
-def tiles(kernel: ctypes.CDLL, matrix: Matrix, path: Path = Path.BEST) -> Iterator[tuple[int, Tensor]]:
+def multiply(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, path: Path | None = None) -> Tensor:
+    """(batch, columns) of any floating dtype -> (batch, rows) float32, with float32 sums."""
+    x = inputs.to(torch.float32).contiguous()
+    outputs = x.new_empty((len(x), matrix.shape[0]))
+    half, narrow = matrix.values.dtype == torch.float16, inputs.dtype == torch.bfloat16
+    kernel.secateur_multiply(
+        *matrix.arguments(), half, narrow, x.data_ptr(), len(x), outputs.data_ptr(), _threads(matrix),
+        path_of(kernel) if path is None else path,
+    )  # fmt: skip
+    return outputs
+
+
+def tiles(kernel: ctypes.CDLL, matrix: Matrix, path: Path | None = None) -> Iterator[tuple[int, Tensor]]:
     """The matrix as it was before packing, some rows at a time: the first of them, and (some, columns).
 
     All tiles are the same memory: use one before asking for the next.
     """
+    path = path_of(kernel) if path is None else path
     rows, columns = matrix.shape
     some = min(max(TILE // max(columns, 1), 1), rows)
     tile = matrix.values.new_empty((some, columns))

@@ -23,6 +23,7 @@ from secateur.core.factored import Factored, times_right
 from secateur.core.pattern import Pattern
 from secateur.storage.bitmask import Bitmask
 from secateur.storage.formats import FORMATS, Format, Packed, refused
+from secateur.storage.kernels import product
 from secateur.storage.nm import GroupsOfM
 from secateur.storage.packed_linear import KERNELS, PackedLinear
 
@@ -85,14 +86,25 @@ def packed(factored: Factored, dtype: torch.dtype, pattern: Pattern) -> Packed:
 
 
 def multiply(linear: PackedLinear, inputs: Tensor) -> Tensor:
-    """(..., inputs) -> (..., outputs): A (S (B x)) + bias, without the product of the three."""
-    parts, dtype = linear.parts, inputs.dtype
-    with torch.no_grad():
-        core = _core(parts, (linear.out_features, linear.in_features)).to(dtype)
-        left, right = (parts[name].to(dtype) for name in FactoredFormat.parts)
+    """(..., inputs) -> (..., outputs): A (S (B x)) + bias, without the product of the three.
+
+    S is multiplied by as it lies in memory where the kernel can, else unpacked.
+    """
+    left, right = (linear.parts[name].to(inputs.dtype) for name in FactoredFormat.parts)
     inner = times_right(inputs.reshape(-1, linear.in_features), right.mT)
-    outer = times_right(inner @ core.T, left.mT).view(*inputs.shape[:-1], linear.out_features)
+    outer = times_right(_times_core(linear, inner), left.mT)
+    outer = outer.view(*inputs.shape[:-1], linear.out_features)
     return outer if linear.bias is None else outer + linear.bias
+
+
+def _times_core(linear: PackedLinear, inner: Tensor) -> Tensor:
+    """(rows, inputs) -> (rows, outputs): inner S^T."""
+    format, parts = _core_parts(linear.parts)
+    found = product(linear, format.id, parts, inner)
+    if found is None:
+        core = _core(linear.parts, (linear.out_features, linear.in_features))
+        found = inner @ core.to(inner.dtype).T
+    return found
 
 
 KERNELS[FactoredFormat.id] = multiply

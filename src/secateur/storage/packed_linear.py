@@ -55,7 +55,12 @@ class PackedLinear(nn.Module):
         """The weight, (outputs, inputs), computed anew; in the dtype of the file first, as a dense one is."""
         shape = (self.out_features, self.in_features)
         weight = FORMATS.get(self.format).unpack(self.parts, shape, self.stored)
-        return weight.to(self.weight.dtype)
+        return weight.to(self.weight.device, self.weight.dtype)
+
+    def move_parts(self, device: torch.device | str) -> None:
+        """Keep the parts elsewhere than the layer computes."""
+        for name, part in self.parts.items():
+            self.register_buffer(f"packed_{name}", part.to(device), persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return KERNELS.get(self.format, unpack_and_multiply)(self, inputs)
