@@ -1,5 +1,4 @@
-"""Write a bf16 checkpoint of any size, shard by shard, with a tokenizer that works: a Llama, or with experts a
-Qwen3-MoE.
+"""Write a bf16 checkpoint of any size, shard by shard, with a tokenizer that works: Llama, or Qwen3-MoE.
 
 The weights are noise, so the model speaks no language; speed and memory do not care. What pruning does care
 about is there: a few input columns and a few hidden channels are far larger than the rest, as in trained
