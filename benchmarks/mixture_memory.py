@@ -200,9 +200,9 @@ def main() -> None:
     shutil.rmtree(out)
     notes = (
         f"{arguments.method} at {SHARE:.0%} on {arguments.samples} windows of {arguments.length} tokens, "
-        f"dtype {arguments.dtype}, no evaluation, seed 0, {torch.get_num_threads()} thread(s). {shape.blocks} "
-        f"blocks, hidden {shape.hidden}, {shape.experts} experts {shape.ffn} wide, {shape.visited} visited. "
-        f"{found}"
+        f"dtype {arguments.dtype}, no evaluation, seed 0, {torch.get_num_threads()} thread(s). "
+        f"{shape.blocks} blocks, hidden {shape.hidden}, {shape.experts} experts {shape.ffn} wide, "
+        f"{shape.visited} visited. {found}"
     )
     write_table(
         "A mixture larger than the memory", ["what", "measured"], rows, notes=notes, out=arguments.out
