@@ -153,10 +153,16 @@ def online(model: PreTrainedModel, name: str, plan: OnlinePlan, windows: Windows
     return rows
 
 
+def plans_of(bits: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """All, or those that state nothing but one of these averages."""
+    asked = [{"bits": float(number)} for number in (bits or "").split(",") if number]
+    return [plan for plan in PLANS if not asked or plan[1] in asked]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = protocol_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="parts of the calibration text, a run on each")
-    parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bits", help="3,2.54,2: no others, and no options beside them")
     parser.add_argument("--online", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--speed", action="store_true", help="bytes and speed in place of quality")
     parser.add_argument("--repeats", type=int, default=5, help="of the speed")
@@ -188,7 +194,7 @@ def _quality(arguments: argparse.Namespace, protocol: Protocol, name: str, scrat
         str(protocol.texts[0]), tokenizer=tokenizer, samples=protocol.windows, length=protocol.length
     )
     texts = parts_of(arguments.calibration, arguments.seeds, scratch)
-    plans = PLANS if arguments.variants else [plan for plan in PLANS if plan[1].keys() == {"bits"}]
+    plans = plans_of(arguments.bits)
     rows = [
         rounded(protocol, texts, scratch / f"{method}-{number}", method, options)
         for number, (method, options) in enumerate(plans)
