@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from protocol import Protocol, named, protocol_parser
-from tables import write_table
+from tables import spread, write_table
 
 import secateur
 from secateur.checkpoint.headers import Headers
@@ -76,14 +75,6 @@ class Bench:
         return report.perplexity_after
 
 
-def cell(values: list[float]) -> str:
-    """Mean, and the spread over seeds where they differ."""
-    spread = max(values) - min(values)
-    return f"{statistics.fmean(values):.1f}" + (
-        f" ({min(values):.1f} to {max(values):.1f})" if spread > 0.05 else ""
-    )
-
-
 def seeds(bench: Bench, method: str) -> range:
     """A method that draws nothing is the same for every seed: calibration is the start of the text."""
     return range(bench.arguments.seeds if method.startswith("random") else 1)
@@ -99,7 +90,7 @@ def method_row(bench: Bench, method: str, options: dict[str, Any]) -> list[str]:
             row += ["-"] * (len(bench.arguments.test) + 1)
             continue
         columns = [list(column) for column in zip(*found, strict=True)]
-        row += [*map(cell, columns[:-1]), f"{columns[-1][0]:.2f}"]
+        row += [*map(spread, columns[:-1]), f"{columns[-1][0]:.2f}"]
     return row
 
 

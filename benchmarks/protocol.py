@@ -10,7 +10,7 @@ from typing import Any
 import secateur
 from secateur.report.model import Report
 
-__all__ = ["Protocol", "named", "protocol_parser"]
+__all__ = ["Protocol", "named", "parts_of", "protocol_parser"]
 
 
 def protocol_parser(description: str | None, *, test_windows: int = 64) -> argparse.ArgumentParser:
@@ -29,6 +29,21 @@ def protocol_parser(description: str | None, *, test_windows: int = 64) -> argpa
 def named(options: Mapping[str, Any]) -> str:
     """Options as a cell of a table."""
     return " ".join(f"{key}={value}" for key, value in options.items()) or "as it comes"
+
+
+def parts_of(text: Path, count: int, folder: Path) -> list[Path]:
+    """The text, and its 2nd to last of `count` equal parts as files of their own.
+
+    Runs read a text from its start, so each is a calibration of its own: their windows are disjoint where
+    none needs more than a part.
+    """
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    found = [text]
+    for part in range(1, count):
+        found.append(folder / f"{part}-{text.name}")
+        own = lines[part * len(lines) // count : (part + 1) * len(lines) // count]
+        found[-1].write_text("".join(own), encoding="utf-8")
+    return found
 
 
 class Protocol:
@@ -54,12 +69,14 @@ class Protocol:
         shared = {"evaluation_windows": self.windows, "measure_speed": False, "check_loading": False}
         return {**shared, **settings}
 
-    def prune(self, out: Path, *, model: str | Path | None = None, **settings: Any) -> Report:
-        """The report of a run on this model, or on another."""
+    def prune(
+        self, out: Path, *, model: str | Path | None = None, source: Path | None = None, **settings: Any
+    ) -> Report:
+        """The report of a run on this model and calibration text, or on others."""
         report: Report = secateur.prune(
             model or self.model,
             out,
-            calibration=self.calibration,
+            calibration={**self.calibration, "source": str(source or self.calibration["source"])},
             text=str(self.texts[0]),
             **self.judged(**settings),
         )

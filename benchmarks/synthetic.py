@@ -1,4 +1,4 @@
-"""Write a Llama-shaped bf16 checkpoint of any size, shard by shard, with a tokenizer that works.
+"""Write a bf16 checkpoint of any size, shard by shard, with a tokenizer that works: Llama, or Qwen3-MoE.
 
 The weights are noise, so the model speaks no language; speed and memory do not care. What pruning does care
 about is there: a few input columns and a few hidden channels are far larger than the rest, as in trained
@@ -6,6 +6,7 @@ models. At most one shard is in memory.
 
     python benchmarks/synthetic.py OUT --preset 5gb
     python benchmarks/synthetic.py OUT --hidden 512 --ffn 1408 --blocks 4 --heads 8 --kv-heads 4
+    python benchmarks/synthetic.py OUT --preset 27gb-moe --blocks 4
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 __all__ = ["PRESETS", "Shape", "train_tokenizer", "write_checkpoint"]
 
@@ -44,7 +45,11 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama; `parameters` counts all of its weights."""
+    """Sizes of a model; `parameters` counts all of its weights.
+
+    With `experts` it is a mixture of that many in every block, `ffn` wide each, of which a token visits
+    `visited`.
+    """
 
     hidden: int
     ffn: int
@@ -52,10 +57,14 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    experts: int = 0
+    visited: int = 0
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
             raise ValueError(f"{self}: heads of even width must divide hidden, and kv_heads heads")
+        if self.visited > self.experts or bool(self.visited) != bool(self.experts):
+            raise ValueError(f"{self}: a token of a mixture visits from one to all of the experts")
 
     @property
     def head_width(self) -> int:
@@ -70,6 +79,9 @@ PRESETS = {
     "1024": Shape(hidden=1024, ffn=2816, blocks=8, heads=16, kv_heads=16, vocab=4096),
     "5gb": Shape(hidden=2048, ffn=8192, blocks=36, heads=16, kv_heads=16, vocab=32000),
     "7b": Shape(hidden=4096, ffn=11008, blocks=32, heads=32, kv_heads=32, vocab=32000),
+    "27gb-moe": Shape(
+        hidden=2048, ffn=768, blocks=22, heads=32, kv_heads=4, vocab=32000, experts=128, visited=8
+    ),
 }
 SIZES = tuple(field.name for field in fields(Shape))
 
@@ -110,20 +122,29 @@ def train_tokenizer(text: str, vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
 
 
-def build_config(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+def build_config(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    shared = {
+        "dtype": "bfloat16",
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.blocks,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if not shape.experts:
+        return LlamaConfig(architectures=["LlamaForCausalLM"], intermediate_size=shape.ffn, **shared)
+    return Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        head_dim=shape.head_width,
+        moe_intermediate_size=shape.ffn,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.visited,
+        norm_topk_prob=True,
+        **shared,
     )
 
 
@@ -138,10 +159,16 @@ def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{prefix}self_attn.k_proj.weight", (kv_width, hidden)
         yield f"{prefix}self_attn.v_proj.weight", (kv_width, hidden)
         yield f"{prefix}self_attn.o_proj.weight", (hidden, hidden)
+        if shape.experts:
+            yield f"{prefix}self_attn.q_norm.weight", (shape.head_width,)
+            yield f"{prefix}self_attn.k_norm.weight", (shape.head_width,)
+            yield f"{prefix}mlp.gate.weight", (shape.experts, hidden)
         yield f"{prefix}post_attention_layernorm.weight", (hidden,)
-        yield f"{prefix}mlp.gate_proj.weight", (shape.ffn, hidden)
-        yield f"{prefix}mlp.up_proj.weight", (shape.ffn, hidden)
-        yield f"{prefix}mlp.down_proj.weight", (hidden, shape.ffn)
+        experts = [f"experts.{expert}." for expert in range(shape.experts)]
+        for part in experts or [""]:
+            yield f"{prefix}mlp.{part}gate_proj.weight", (shape.ffn, hidden)
+            yield f"{prefix}mlp.{part}up_proj.weight", (shape.ffn, hidden)
+            yield f"{prefix}mlp.{part}down_proj.weight", (hidden, shape.ffn)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (shape.vocab, hidden)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,14 @@ import transformers
 
 from secateur.evaluation.memory import machine_facts
 
-__all__ = ["write_table"]
+__all__ = ["spread", "write_table"]
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean, and the range where the values differ at so many digits."""
+    shown = [f"{value:.{digits}f}" for value in (min(values), max(values))]
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if shown[0] == shown[1] else f"{mean} ({shown[0]} to {shown[1]})"
 
 
 def write_table(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -286,6 +288,21 @@ def test_embeddings_are_not_held_while_blocks_are_pruned(tmp_path: Path) -> None
         block.finish()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(driver.logits(0), stock(windows.ids).logits)
+
+
+def test_a_block_is_gone_before_the_next_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, held, left = FolderSource(Checkpoint.open(save_tiny("llama", tmp_path))), [], []
+    original = source.open
+
+    def opening(index: int) -> Any:
+        left.append(sum(reference() is not None for reference in held))
+        return original(index)
+
+    monkeypatch.setattr(source, "open", opening)
+    for block in Driver(source, windows_of()).blocks():  # the name `block` outlives its turn
+        held += [weakref.ref(tensor) for tensor in block.parameters.values()]
+        block.finish()
+    assert left == [0] * len(source.anatomy.blocks)
 
 
 def test_a_gradient_is_no_matter_of_a_forward() -> None:

@@ -280,3 +280,4 @@ def test_not_on_a_disk_that_is_too_small(make_checkpoint: MakeCheckpoint, tmp_pa
     with pytest.raises(OutputError, match=r"GB are free .*; expected .* GB"):
         CheckpointWriter(tmp_path / "out" / "deep", Checkpoint.open(folder), {})
     assert not (tmp_path / "out").exists()
+    CheckpointWriter.check(tmp_path / "out", Checkpoint.open(folder), result_bytes=free // 3)

@@ -85,8 +85,9 @@ def test_the_statistics_of_a_block_come_from_pruned_blocks_before_it(published):
     assert agreement > 0.999, "all but ties that rounding decides"
 
 
-def test_a_synthetic_checkpoint_is_an_ordinary_one(synthetic, tmp_path):
-    shape = synthetic.Shape(hidden=64, ffn=96, blocks=3, heads=4, kv_heads=2, vocab=400)
+@pytest.mark.parametrize("mixture", [{}, {"experts": 5, "visited": 2}])
+def test_a_synthetic_checkpoint_is_an_ordinary_one(synthetic, tmp_path, mixture):
+    shape = synthetic.Shape(hidden=64, ffn=96, blocks=3, heads=4, kv_heads=2, vocab=400, **mixture)
     synthetic.write_checkpoint(tmp_path / "model", shape, shard_bytes=100_000)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)

@@ -46,6 +46,22 @@ def survivors(method: ExpertMethod, problem: ExpertProblem, count: int) -> Survi
     return method.regroup(problem, (problem.count - 1 - order[:count]).sort().values)
 
 
+def test_neighbours_are_taken_without_a_copy() -> None:
+    problem = make_problem()
+    for rows in (
+        torch.arange(8),
+        torch.arange(2, 5),
+        torch.tensor([6]),
+        torch.tensor([3, 2]),
+        torch.tensor([0, 2]),
+    ):
+        part = problem.part(rows)
+        for name, stacked in problem.weights.items():
+            assert part.weights[name].equal(stacked[rows])
+            shared = part.weights[name].untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+            assert shared == (rows.tolist() not in ([3, 2], [0, 2]))
+
+
 @pytest.mark.parametrize("visited", [8, 5, 1], ids=lambda seen: f"{seen} visited")
 @pytest.mark.parametrize("method", VARIANTS, ids=name_of)
 def test_every_count_is_met_exactly(method: ExpertMethod, visited: int) -> None:

@@ -88,6 +88,7 @@ class Driver:
             try:
                 yield opened
             finally:
+                opened.parameters = {}  # else this block stays in memory while the next is opened
                 self.source.store(block.index, module)
             if not opened.finished:
                 raise RuntimeError(f"block {block.index} was not finished")
@@ -124,7 +125,8 @@ class OpenBlock:
         index: position in the stack.
         block: what it is made of.
         module: the block itself.
-        parameters: in-memory tensors by their name inside the block; changes in place count.
+        parameters: in-memory tensors by their name inside the block; changes in place count. None are left
+            when the next block is asked for.
         finished: whether `finish` was called.
     """
 

@@ -104,7 +104,9 @@ class SkeletonSource(ABC):
         """Block `index` with its parameters on `device`; nothing requires a gradient."""
         module: nn.Module = self._blocks[index]
         prefix = self.anatomy.blocks[index].prefix + "."
-        load_tensors(module, self._placed(self._block_tensors(index), prefix))
+        tensors = self._block_tensors(index)
+        _return_free_memory()  # what they were assembled from
+        load_tensors(module, self._placed(tensors, prefix))
         return module
 
     def store(self, index: int, module: nn.Module) -> None:

@@ -22,13 +22,14 @@ from secateur.checkpoint.safetensors_file import read_tensors, save_tensors
 from secateur.checkpoint.safetensors_header import read_header
 from secateur.core.errors import OutputError
 
-__all__ = ["CheckpointWriter", "read_part"]
+__all__ = ["DISK_FACTOR", "CheckpointWriter", "read_part"]
 
 HIDDEN = ".secateur"
 PARTS = "parts"
 CONFIG = "config.json"
 Pack = Callable[[Mapping[str, Tensor | Packed]], Mapping[str, Tensor | Packed]]
-DISK_FACTOR = 2.1  # all parts, the merged files, and room for what lies beside them
+DISK_FACTOR = 2.1
+"""Of the bytes of a result: all parts, the merged files, and room for what lies beside them."""
 
 
 class CheckpointWriter:
@@ -46,6 +47,8 @@ class CheckpointWriter:
         fingerprint: flat, JSON values: everything the result depends on. A resumed run has the same.
         resume: go on with the unfinished run in `out`, or begin when there is none.
         pack: makes of the tensors of a part those that are stored, some of them packed.
+        result_bytes: what all tensors to be written have at most, by default as many as the source: room for
+            them is asked of the disk.
 
     Raises:
         OutputError: `out` is not empty, not writable, at or inside the source, holds an unfinished run
@@ -67,8 +70,10 @@ class CheckpointWriter:
         *,
         resume: bool = False,
         pack: Pack | None = None,
+        result_bytes: int | None = None,
     ) -> None:
         self.out, self.source, self._pack = Path(out).expanduser(), source, pack
+        self._disk_bytes = _disk_bytes(source, result_bytes)
         self._hidden = self.out / HIDDEN
         self._parts, self._final, self._assembled = self._hidden / PARTS, self._hidden / "final", False
         require_place(self.out, source.folder)
@@ -85,7 +90,9 @@ class CheckpointWriter:
             raise
 
     @classmethod
-    def check(cls, out: Path, source: Checkpoint, *, resume: bool = False) -> None:
+    def check(
+        cls, out: Path, source: Checkpoint, *, resume: bool = False, result_bytes: int | None = None
+    ) -> None:
         """Refuse a place that the constructor would refuse, before anything long is done.
 
         Raises:
@@ -96,7 +103,7 @@ class CheckpointWriter:
         require_unlocked(out / HIDDEN)
         if _find_journal(out, {}, resume).parts:
             return
-        require_disk(out, int(DISK_FACTOR * source.dense_nbytes))
+        require_disk(out, _disk_bytes(source, result_bytes))
 
     @property
     def parts(self) -> Mapping[str, dict[str, Any]]:
@@ -224,7 +231,7 @@ class CheckpointWriter:
         journal.require(fingerprint)
         if not journal.merged:
             present_bytes = bytes_below(self._parts) + bytes_below(self._final)
-            require_disk(self.out, int(DISK_FACTOR * self.source.dense_nbytes) - present_bytes)
+            require_disk(self.out, self._disk_bytes - present_bytes)
         return journal
 
     def _begin(self) -> Lock:
@@ -280,6 +287,10 @@ def read_part(out: Path, part: str) -> dict[str, Tensor]:
         raise KeyError(part)
     path = out / HIDDEN / PARTS / part_file(list(journal.parts).index(part))
     return read_tensors(path, read_header(path).values())
+
+
+def _disk_bytes(source: Checkpoint, result_bytes: int | None) -> int:
+    return int(DISK_FACTOR * (source.dense_nbytes if result_bytes is None else result_bytes))
 
 
 def part_file(number: int) -> str:

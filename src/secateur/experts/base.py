@@ -49,12 +49,15 @@ class ExpertProblem:
         return len(self.router)
 
     def part(self, rows: Tensor) -> ExpertProblem:
-        """These experts alone, int64: a group of a router that chooses among groups."""
+        """These experts alone, int64: a group of a router that chooses among groups.
+
+        Weights of neighbours are views.
+        """
         return replace(
             self,
             router=self.router[rows],
             bias=None if self.bias is None else self.bias[rows],
-            weights={name: stacked[rows] for name, stacked in self.weights.items()},
+            weights={name: stacked[_rows(rows)] for name, stacked in self.weights.items()},
             routing=None if self.routing is None else self.routing.part(rows),
         )
 
@@ -64,6 +67,12 @@ class ExpertProblem:
         if self.routing is None:
             raise ValueError(f"the routing of {self.name} was not observed")
         return self.routing
+
+
+def _rows(rows: Tensor) -> Tensor | slice:
+    """The same rows, as a slice where they are neighbours in order: what it takes is not copied."""
+    start = int(rows[0])
+    return slice(start, start + len(rows)) if bool((rows.diff() == 1).all()) else rows
 
 
 def expert_problem(

@@ -24,7 +24,13 @@ from secateur.pipeline.published import add_code, copy_outer, published_files
 from secateur.pipeline.record import Sizes, build_report, storage_facts, structure_facts
 from secateur.pipeline.state import Outcome, Run
 from secateur.pipeline.verify import verify
-from secateur.pipeline.ways.table import checked_method, measured_decode, observes, prune_blocks_of
+from secateur.pipeline.ways.table import (
+    checked_method,
+    measured_decode,
+    most_bytes,
+    observes,
+    prune_blocks_of,
+)
 from secateur.recipe import Recipe
 from secateur.report.model import Report, Stage
 from secateur.storage.packer import packer_for
@@ -69,8 +75,9 @@ def prune_checkpoint(
     device = local_device(choose_device(recipe.device))
     with Group.joined(device) as group:
         first = group is None or group.rank == 0
+        room = most_bytes(opened, method, recipe)
         if first:
-            CheckpointWriter.check(out, opened.checkpoint, resume=resume)
+            CheckpointWriter.check(out, opened.checkpoint, resume=resume, result_bytes=room)
         cache = out / ".secateur" / "scratch"
         looks = observes(method, recipe)
         data = load_run_data(dense, recipe, progress, observes=looks, cache=cache if resume else None)
@@ -82,7 +89,9 @@ def prune_checkpoint(
         pack = packer_for(recipe.format)
         writer = None
         if first:
-            writer = CheckpointWriter(out, opened.checkpoint, marks, resume=resume, pack=pack)
+            writer = CheckpointWriter(
+                out, opened.checkpoint, marks, resume=resume, pack=pack, result_bytes=room
+            )
         with writer or nullcontext():
             if writer and writer.merged:
                 writer.finish()

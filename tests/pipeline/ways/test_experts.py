@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ import secateur
 from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.resolve import resolve
 from secateur.cli.app import run
-from secateur.core.errors import InputError, RecipeError
+from secateur.core.errors import InputError, OutputError, RecipeError
 
 FAMILIES = {
     "mixtral": {},
@@ -74,6 +76,20 @@ def test_what_stays_is_as_it_was_and_the_stock_class_loads_it(family: str, tmp_p
     assert report.parameters_after == sum(p.numel() for p in loaded.parameters())
     assert report.sparsity == 0.25
     assert report.bytes_after < report.bytes_before
+
+
+def test_the_disk_needs_room_for_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the result, and a little more, is less than twice the model."""
+    model, out = save_tiny("qwen3_moe", tmp_path / "model"), tmp_path / "out"
+    planned = secateur.plan(model, method="reap", sparsity=0.25)
+    assert planned["exact"]
+    assert planned["disk_bytes"] == int(2.1 * planned["bytes_after"]) < 2 * planned["bytes_before"]
+    free = planned["disk_bytes"] - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(OutputError, match="GB are free"):
+        prune(model, out, method="reap", sparsity=0.25)
+    free += 1
+    prune(model, out, method="reap", sparsity=0.25)
 
 
 def test_groups_of_a_router_lose_as_many_each(tmp_path: Path) -> None:

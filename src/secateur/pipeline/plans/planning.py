@@ -13,6 +13,7 @@ import torch
 from secateur.anatomy.model import Anatomy, Block
 from secateur.calibration.driver import BATCH_TOKENS
 from secateur.checkpoint.packing import DENSE, FORMATS
+from secateur.checkpoint.writer import DISK_FACTOR
 from secateur.core.method import Method
 from secateur.core.numerics import exact_products
 from secateur.core.statistics import BACKWARD
@@ -27,7 +28,7 @@ from secateur.pipeline.plans.precision import precision_outcome
 from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.plans.structure import structure_outcome
 from secateur.pipeline.ways.pieces import evaluations
-from secateur.pipeline.ways.table import checked_method, planned_sizes
+from secateur.pipeline.ways.table import checked_method, most_bytes, planned_sizes
 from secateur.recipe import Recipe, parse
 from secateur.report.effect import effect
 from secateur.structure.base import PieceMethod, SearchMethod, StructureMethod
@@ -193,7 +194,8 @@ def estimate(opened: Opened, recipe: Recipe, method: Method) -> Estimate:
     return Estimate(
         _memory(opened, method, dtype.itemsize, tokens, 2 * evaluation_tokens, batch_tokens),
         seconds,
-        int(2.1 * opened.checkpoint.dense_nbytes) + _search_bytes(opened.anatomy, method, dtype.itemsize),
+        int(DISK_FACTOR * most_bytes(opened, method, recipe))
+        + _search_bytes(opened.anatomy, method, dtype.itemsize),
     )
 
 

@@ -17,6 +17,7 @@ from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.mixture import Mixture, mixture_of
 from secateur.anatomy.model import Block as AnatomyBlock
 from secateur.anatomy.router import RouterRules, router_rules
+from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import InputError, RecipeError
 from secateur.core.statistics import ROUTED, RoutingStatistics
 from secateur.experts.allocation import allocate
@@ -150,16 +151,20 @@ def _watched(run: Run, method: ExpertMethod) -> dict[str, Tensor]:
     observes = experts_observe(method, run.recipe)
     with run.progress.task(f"scoring with {method.id}", len(run.opened.anatomy.blocks)) as task:
         for opened in run.driver().blocks(forward=observes, outputs=False):
-            mixture = mixture_of(opened.block)
-            if mixture is not None:
-                routing = opened.observe_routing(method.statistics) if observes else None
-                name = f"{opened.index}.experts"
-                problem = _problem(run, rules, opened.block, opened.parameters, routing)
-                found[name] = _scores(method, problem, rules).double().cpu()
-                found |= _as_tensors(name, routing)
+            if mixture_of(opened.block) is not None:
+                found |= _watched_block(run, method, rules, opened, observes)
             opened.finish()
             task.advance()
     return found
+
+
+def _watched_block(
+    run: Run, method: ExpertMethod, rules: RouterRules, opened: OpenBlock, observes: bool
+) -> dict[str, Tensor]:
+    name = f"{opened.index}.experts"
+    routing = opened.observe_routing(method.statistics) if observes else None
+    problem = _problem(run, rules, opened.block, opened.parameters, routing)
+    return {name: _scores(method, problem, rules).double().cpu(), **_as_tensors(name, routing)}
 
 
 def _problem(
@@ -249,16 +254,20 @@ class _Writer:
         with self.run.progress.task("cutting", len(opened.anatomy.blocks)) as task:
             for block in opened.anatomy.blocks:
                 if block.index not in done:
-                    started = time.perf_counter()
-                    names = opened.layout.block_names(block.index)
-                    whole = opened.layout.assemble(block.index, opened.checkpoint.read(names))
-                    smaller, layer = self._cut(block.index, whole, kept.get(block.index))
-                    row = Block(block=block.index, seconds=round(time.perf_counter() - started, 4))
-                    record = {"layer": layer, "block": row.model_dump(mode="json")}
-                    self.run.keep(block.index, layout.disassemble(block.index, smaller), record)
-                    done[block.index] = record
+                    done[block.index] = self._write(block.index, layout, kept.get(block.index))
                 task.advance()
         return [done[index] for index in sorted(done)]
+
+    def _write(self, index: int, layout: FileLayout, kept: Tensor | None) -> dict[str, Any]:
+        """Cut one block and keep it; its record."""
+        opened, started = self.run.opened, time.perf_counter()
+        names = opened.layout.block_names(index)
+        whole = opened.layout.assemble(index, opened.checkpoint.read(names))
+        smaller, layer = self._cut(index, whole, kept)
+        row = Block(block=index, seconds=round(time.perf_counter() - started, 4))
+        record = {"layer": layer, "block": row.model_dump(mode="json")}
+        self.run.keep(index, layout.disassemble(index, smaller), record)
+        return record
 
     def dropped(self) -> frozenset[str]:
         """Names on disk that are gone."""

@@ -42,7 +42,14 @@ from secateur.structure.base import (
 )
 from secateur.weights.base import WeightMethod
 
-__all__ = ["checked_method", "measured_decode", "observes", "planned_sizes", "prune_blocks_of"]
+__all__ = [
+    "checked_method",
+    "measured_decode",
+    "most_bytes",
+    "observes",
+    "planned_sizes",
+    "prune_blocks_of",
+]
 
 
 class _Way(NamedTuple):
@@ -120,6 +127,12 @@ def measured_decode(
 def planned_sizes(opened: Opened, method: Method, recipe: Recipe) -> FileSizes | None:
     """Of the files that a run will write; None where they depend on what it finds."""
     return _way(method).sizes(opened, method, recipe)
+
+
+def most_bytes(opened: Opened, method: Method, recipe: Recipe) -> int:
+    """What the tensors of the result have at most: as many as those of the model where it is not known."""
+    found = planned_sizes(opened, method, recipe)
+    return found.nbytes if found and found.exact else opened.checkpoint.dense_nbytes
 
 
 def prune_blocks_of(run: Run) -> Outcome:
