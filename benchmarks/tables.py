@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,14 @@ import transformers
 
 from secateur.evaluation.memory import machine_facts
 
-__all__ = ["write_table"]
+__all__ = ["mean_and_range", "write_table"]
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """A cell over seeds: the mean and, in brackets, half the range; a dash for none."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f} ({(max(values) - min(values)) / 2:.2f})"
 
 
 def write_table(
