@@ -1,4 +1,4 @@
-"""What benchmarks of pruning share: their arguments, and runs on files that are judged alike."""
+"""What benchmarks of pruning share: their arguments, and runs on files or in memory that are judged alike."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import secateur
-from secateur.report.model import Report
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-__all__ = ["Protocol", "named", "parts_of", "protocol_parser"]
+import secateur
+from secateur.calibration.source import MemorySource
+from secateur.calibration.windows import Windows, load_windows
+from secateur.evaluation.quality import perplexity
+from secateur.pipeline.prune_memory import prune_with_windows
+from secateur.recipe import Recipe
+from secateur.report.model import Layer, Report
+
+__all__ = ["InMemory", "Protocol", "named", "parts_of", "protocol_parser"]
 
 
 def protocol_parser(description: str | None, *, test_windows: int = 64) -> argparse.ArgumentParser:
@@ -91,3 +98,40 @@ class Protocol:
             )
             found.append((float(judged["perplexity_dense"]), float(judged["perplexity"])))
         return found
+
+
+class InMemory:
+    """A model in float32 that is pruned in place again and again, judged on the same windows every time."""
+
+    def __init__(self, model: str, test: Path, *, windows: int, length: int) -> None:
+        self.folder, self.length = Path(secateur.inspect(model)["folder"]), length
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32").eval()
+        self._dense = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self._test = self.windows(str(test), windows, 0)
+        self.tested = len(self._test)
+
+    def windows(self, source: str, samples: int, seed: int) -> Windows:
+        """`samples` windows; those of seed s begin where those of seed s - 1 end."""
+        if source == "self":
+            return load_windows(
+                "self", tokenizer=self.tokenizer, samples=samples, length=self.length, seed=seed,
+                model=lambda: self.model,
+            )  # fmt: skip
+        every = load_windows(
+            source, tokenizer=self.tokenizer, samples=samples * (seed + 1), length=self.length
+        )
+        return every if seed == 0 else every.split(samples * seed)[1]
+
+    def restore(self) -> None:
+        """The dense weights again."""
+        self.model.load_state_dict(self._dense)
+
+    def perplexity(self) -> float:
+        """On the test windows, with the weights as they are."""
+        return perplexity(MemorySource(self.model), self._test, batch_size=16)
+
+    def prune(self, calibration: Windows, **recipe: Any) -> list[Layer]:
+        """Prune the dense weights by a recipe; one row a matrix."""
+        self.restore()
+        return prune_with_windows(self.model, Recipe(model="bench", **recipe), calibration)

@@ -154,10 +154,12 @@ def test_transposed_matrices_are_refused_before_anything_is_written(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_format_of_zeros_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("store", "advice"), [("dense", "store=factors"), ("factors", "packed anyway")])
+def test_a_format_of_zeros_is_refused(store: str, advice: str, tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model")
-    with pytest.raises(RecipeError, match="store=factors"):
-        prune(model, tmp_path / "out", method="armor", pattern="2:4", options=OPTIONS, format="bitmask")
+    options = {**OPTIONS, "store": store}
+    with pytest.raises(RecipeError, match=advice):
+        prune(model, tmp_path / "out", method="armor", pattern="2:4", options=options, format="bitmask")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations
 from math import comb
 from typing import Literal, NamedTuple
 
@@ -100,9 +100,7 @@ class CoreStep:
         reach = factors.left.square().sum(1)[index[0], index[1]].double()
         hessian = _square(curvature, group).double() * reach[..., None]
         wanted = pulls[index].double() + (hessian @ old.double()[..., None]).squeeze(-1)
-        supports = self._supports(group).to(old.device)
-        values = _on_supports(hessian, wanted, supports)
-        costs = _cost(hessian[:, :, None], wanted[:, :, None], values)
+        supports, values, costs = self._candidates(hessian, wanted)
         costs.masked_fill_(supports.sum(-1) != present.sum(-1, keepdim=True), torch.inf)
         before, (after, best) = _cost(hessian, wanted, old.double()), costs.min(-1)
         better = after < before
@@ -115,13 +113,18 @@ class CoreStep:
         _blocks(residual, factors).sub_(outer.transpose(1, 2)[..., None] * inner[:, None])
         return (before - after).clamp_min(0).sum()
 
-    def _supports(self, group: _Group) -> Tensor:
-        """(C, g) bool, all that may be tried."""
-        size = group.columns.shape[-1]
-        if not self._whole:
-            return torch.tensor(list(product((False, True), repeat=size)))
-        chosen = torch.tensor(list(combinations(range(size), self._keep)))
-        return torch.zeros(len(chosen), size, dtype=torch.bool).scatter_(1, chosen, True)
+    def _candidates(self, hessian: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(C, g) bool, all supports that may be tried; (P, Q, C, g) their best values; (P, Q, C) the cost."""
+        size = wanted.shape[-1]
+        counts = (self._keep,) if self._whole else range(1, size + 1)
+        supports, values, costs = [], [], []
+        for count in counts:
+            chosen = torch.tensor(list(combinations(range(size), count)), device=wanted.device)
+            best, cost = _on_supports(hessian, wanted, chosen)
+            supports.append(torch.nn.functional.one_hot(chosen, size).sum(1).bool())
+            values.append(best)
+            costs.append(cost)
+        return torch.cat(supports), torch.cat(values, 2), torch.cat(costs, 2)
 
 
 def _blocks(matrix: Tensor, factors: Factors) -> Tensor:
@@ -148,13 +151,16 @@ def _swappable(group: _Group, pulls: Tensor, factors: Factors, curvature: Tensor
     return group._replace(columns=group.columns.gather(-1, columns))
 
 
-def _on_supports(hessian: Tensor, wanted: Tensor, supports: Tensor) -> Tensor:
-    """(P, Q, C, g) values that minimise s H s - 2 u s where the support is, and zero elsewhere."""
+def _on_supports(hessian: Tensor, wanted: Tensor, supports: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, Q, C, g) values that minimise s H s - 2 u s on supports (C, k), and (P, Q, C) that minimum."""
     scale = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + TINY
-    inside = supports.double()
-    system = hessian[:, :, None] * inside[:, :, None] * inside[:, None]
-    system.diagonal(dim1=-2, dim2=-1).add_(torch.where(supports, RIDGE * scale, scale))
-    return _eliminate(system, wanted[:, :, None] * inside) * inside
+    inside = wanted[..., supports]
+    system = hessian[..., supports[:, :, None], supports[:, None]]
+    system.diagonal(dim1=-2, dim2=-1).add_(RIDGE * scale)
+    solved = _eliminate(system, inside)
+    values = wanted.new_zeros(*solved.shape[:-1], wanted.shape[-1])
+    values.scatter_(-1, supports.expand_as(solved), solved)
+    return values, -(inside * solved).sum(-1)
 
 
 def _eliminate(systems: Tensor, rights: Tensor) -> Tensor:

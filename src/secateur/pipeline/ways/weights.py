@@ -41,7 +41,12 @@ def check_weights(opened: Opened, method: WeightMethod, recipe: Recipe) -> None:
         raise RecipeError(
             f"format {recipe.format!r} with method {method.id!r}, whose products have no zeros",
             "a method that leaves zeros",
-            "leave out --format, or use -O store=factors in its place",
+            "leave out --format"
+            + (
+                ": the core is packed anyway"
+                if method.stores_factors
+                else ", or use -O store=factors in its place"
+            ),
         )
     if not method.stores_factors:
         return
