@@ -20,7 +20,7 @@ from secateur.core.errors import RecipeError
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import Losses, StructureMethod
 from secateur.structure.flap import Flap
-from secateur.structure.goal import Goal
+from secateur.core.goal import Goal
 from secateur.structure.knapsack import loss_curves
 from secateur.structure.nearest import _by_distance, nearest_uniform
 from secateur.structure.wanda_structure import WandaStructure

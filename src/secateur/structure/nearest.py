@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from secateur.structure.base import StructureMethod
-from secateur.structure.goal import Goal
+from secateur.core.goal import Goal
 from secateur.structure.groups import Scored, floor_of, lowest, step_of
 
 if TYPE_CHECKING:

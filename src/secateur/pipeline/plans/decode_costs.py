@@ -26,7 +26,7 @@ from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.result import Group as Member
 from secateur.pipeline.plans.result import Result
 from secateur.structure.base import StructureMethod
-from secateur.structure.goal import Goal
+from secateur.core.goal import Goal
 from secateur.structure.groups import floor_of
 
 __all__ = ["DECODE", "DecodeTable", "measure_decode", "rising"]
