@@ -1,5 +1,5 @@
-"""How several matrices of a few bits are stored where the dense ones are one tensor: the parts of all of them,
-one after the other.
+"""How several matrices of a few bits are stored where the dense ones are one tensor: the parts of all, one
+after the other.
 
 The tensor is (..., outputs, inputs), or (..., inputs, outputs) where it is transposed; its n matrices are
 those of its last two axes, and each has bits of its own. Parts (see `low_bit`):

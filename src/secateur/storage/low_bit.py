@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import InputError
+from secateur.quantise import low_bit_stack
 from secateur.quantise.gptq import Quantised, round_to_nearest
 from secateur.quantise.grid import GROUP
-from secateur.quantise import low_bit_stack
 from secateur.quantise.low_bit import PARTS, parts_of, quantised_of, wrong_with
 from secateur.storage.bits import as_matrix, rows_and_columns
 from secateur.storage.formats import FORMATS, Format, Packed, refused

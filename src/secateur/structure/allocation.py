@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from secateur.anatomy.units import Units
 from secateur.core.errors import RecipeError
-from secateur.structure.base import StructureMethod, UnitMethod
 from secateur.core.goal import Goal, fewest
+from secateur.structure.base import StructureMethod, UnitMethod
 from secateur.structure.groups import Scored, comparable, floor_of, lowest, removable, step_of
 from secateur.structure.knapsack import fewest_losses, parameters_left
 

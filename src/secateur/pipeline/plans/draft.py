@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.anatomy.resized import is_stock
 from secateur.anatomy.units import Units
 from secateur.core.errors import InputError, RecipeError
+from secateur.core.goal import Goal
 from secateur.core.plan import Plan
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.decode_costs import DecodeTable
@@ -20,7 +21,6 @@ from secateur.pipeline.plans.result import Group, Result, new_biases, unit_bytes
 from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod, UnitMethod
-from secateur.core.goal import Goal
 from secateur.structure.groups import floor_of
 from secateur.structure.knapsack import loss_curves
 from secateur.structure.nearest import Widths, nearest_uniform

@@ -121,7 +121,11 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
         "exact": found.exact,
         "faster": not isinstance(method, ExpertMethod),
         "effect": effect(
-            recipe.pattern, found.sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=found.nbytes
+            recipe.pattern,
+            found.sparsity,
+            removes=method.removes,
+            bytes_before=nbytes,
+            bytes_after=found.nbytes,
         ),
         "loads_in": {
             "transformers": "yes: as it is where all blocks come out alike, else after `import secateur` or "

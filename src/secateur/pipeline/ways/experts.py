@@ -84,7 +84,7 @@ def _goal(opened: Opened, method: ExpertMethod, recipe: Recipe) -> Goal | None:
         return None
     if target.kind == "decode":
         raise RecipeError(
-            f"budget {recipe.budget} with method {method.id!r}: a token visits as many experts as before, and "
+            f"budget {recipe.budget} with method {method.id!r}: a token visits as many experts as before and "
             "takes as long",
             "a size",
             "give --budget bytes=... or parameters=...",
