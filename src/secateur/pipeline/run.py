@@ -24,7 +24,7 @@ from secateur.recipe import Calibration, Recipe, RecoveryRecipe, parse
 from secateur.report.compare import compare as draw
 from secateur.report.files import write_text
 from secateur.report.model import Report
-from secateur.storage.kernels import KERNELS, kernel_of, weight_bytes
+from secateur.storage.kernels import COMPILED, kernel_of, weight_bytes
 
 __all__ = ["bench", "compare", "evaluate", "prune", "recover"]
 
@@ -192,8 +192,9 @@ def bench(
     """Prefill and decode speed apart, batch 1 and 8, median and spread; with `against` measured in turn.
 
     Args:
-        packed: keep weights packed in memory that are so in the files; by default on a CPU where a kernel
-            computes from them. `kernel` in the result says what did, None where all weights are dense.
+        packed: keep weights packed in memory that are so in the files; by default on a CPU where a
+            compiled kernel computes from them. `kernel` in the result says what did, None where all weights
+            are dense.
 
     Raises:
         InputError: a model that cannot be loaded.
@@ -237,7 +238,7 @@ def bench(
 
 def _keeps_packed(opened: Opened, asked: bool | None, device: torch.device) -> bool:
     if asked is None:
-        return device.type == "cpu" and not KERNELS.keys().isdisjoint(opened.checkpoint.formats.values())
+        return device.type == "cpu" and not set(COMPILED).isdisjoint(opened.checkpoint.formats.values())
     return asked
 
 

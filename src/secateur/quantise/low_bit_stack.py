@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.quantise.codes import row_bytes
 from secateur.quantise.grid import METADATA
-from secateur.quantise.low_bit import MOST_BITS, quantised_of, wrong_with
+from secateur.quantise.low_bit import MOST_BITS, weight_of, wrong_with
 
 __all__ = ["PARTS", "join", "split", "stack_of", "wrong_with_stack"]
 
@@ -55,9 +55,8 @@ def split(parts: Mapping[str, Tensor], shape: Sequence[int]) -> Iterator[dict[st
 def stack_of(parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """The dense tensor of this shape, float32."""
     _, columns = _plane(parts, shape)
-    planes = [quantised_of(one, columns).weight for one in split(parts, shape)]
-    dense = torch.stack([plane.T if bool(parts["transposed"]) else plane for plane in planes])
-    return dense.view(*shape)
+    planes = torch.stack([weight_of(one, columns) for one in split(parts, shape)])
+    return (planes.mT if bool(parts["transposed"]) else planes).reshape(*shape)
 
 
 def wrong_with_stack(parts: Mapping[str, Tensor], shape: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Formats whose weights are multiplied as they lie in memory, by the compiled kernel of `runtime`."""
+"""Formats whose weights are multiplied as they lie, by the compiled kernel of `runtime` or by torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from torch import Tensor, nn
 from secateur.runtime.build import library, why_missing
 from secateur.runtime.kernel import Layout, Matrix, Path, linear
 from secateur.storage.bitmask import row_offsets
+from secateur.storage.low_bit_linear import low_bit_linear
 from secateur.storage.packed_linear import KERNELS, PackedLinear, unpack_and_multiply
 
-__all__ = ["KERNELS", "compiled", "kernel_of", "matrix_of", "weight_bytes"]
+__all__ = ["COMPILED", "KERNELS", "compiled", "kernel_of", "matrix_of", "weight_bytes"]
 
 STORED = (torch.bfloat16, torch.float16)
+COMPILED = ("bitmask", "nm")
+"""Formats of the compiled kernel, which is made to be faster than dense weights."""
+LOW_BIT = "low-bit"
+UNPACKED = "none, packed weights are unpacked for every product"
 
 
 def compiled(packed: PackedLinear, inputs: Tensor) -> Tensor:
@@ -43,11 +48,19 @@ def matrix_of(packed: PackedLinear) -> Matrix | None:
 
 def kernel_of(model: nn.Module) -> str | None:
     """What computes from the packed weights of a model, in a few words; None where it has none."""
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
-        return None
+    formats = sorted({module.format for module in model.modules() if isinstance(module, PackedLinear)})
+    found = {format: _kernel_words(format) for format in formats}
+    if len(set(found.values())) < 2:
+        return next(iter(found.values()), None)
+    return "; ".join(f"{format}: {words}" for format, words in found.items())
+
+
+def _kernel_words(format: str) -> str:
+    if format not in COMPILED:
+        return "torch, from the bytes for few tokens at a time" if format == LOW_BIT else UNPACKED
     kernel = library()
     if kernel is None:
-        return f"none, packed weights are unpacked for every product: {why_missing()}"
+        return f"{UNPACKED}: {why_missing()}"
     names = {Path.PORTABLE: "compiled, without AVX2", Path.AVX2: "compiled, AVX2"}
     return names[Path(kernel.secateur_path())]
 
@@ -89,4 +102,4 @@ def _needs_gradients(packed: PackedLinear, inputs: Tensor) -> bool:
     return inputs.requires_grad or (packed.bias is not None and packed.bias.requires_grad)
 
 
-KERNELS.update({"bitmask": compiled, "nm": compiled})
+KERNELS.update({**dict.fromkeys(COMPILED, compiled), LOW_BIT: low_bit_linear})

@@ -17,11 +17,11 @@ from secateur.core.errors import InputError
 from secateur.quantise import low_bit_stack
 from secateur.quantise.gptq import Quantised, round_to_nearest
 from secateur.quantise.grid import GROUP
-from secateur.quantise.low_bit import PARTS, parts_of, quantised_of, wrong_with
+from secateur.quantise.low_bit import PARTS, parts_of, weight_of, wrong_with
 from secateur.storage.bits import as_matrix, rows_and_columns
 from secateur.storage.formats import FORMATS, Format, Packed, refused
 
-__all__ = ["LowBit", "LowBitStack", "packed", "packed_matrices", "packed_stack"]
+__all__ = ["LowBit", "LowBitStack", "packed", "packed_matrices", "packed_stack", "rows_together"]
 
 
 @FORMATS.register("low-bit")
@@ -51,7 +51,7 @@ class LowBit(Format):
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         _, columns = rows_and_columns(shape)
-        return quantised_of(parts, columns).weight.to(dtype).view(shape)
+        return weight_of(parts, columns, dtype).view(shape)
 
     @classmethod
     def check(cls, parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> None:
@@ -121,6 +121,19 @@ def packed_matrices(stack: Packed) -> list[Packed]:
     plane = (second, first) if bool(stack.parts["transposed"]) else (first, second)
     own = low_bit_stack.split(stack.parts, stack.shape)
     return [Packed(LowBit.id, plane, stack.dtype, parts) for parts in own]
+
+
+def rows_together(matrices: Sequence[Packed]) -> Sequence[Packed]:
+    """Packed matrices as one, of all their rows, where they have the same bits and groups."""
+    layouts = [one.parts["layout"] for one in matrices if one.format == LowBit.id]
+    if len(layouts) != len(matrices) or not all(layout.equal(layouts[0]) for layout in layouts):
+        return matrices
+    first, rows = matrices[0], sum(one.shape[0] for one in matrices)
+    parts = {
+        name: part if name == "layout" else torch.cat([one.parts[name] for one in matrices])
+        for name, part in first.parts.items()
+    }
+    return [Packed(LowBit.id, (rows, first.shape[1]), first.dtype, parts)]
 
 
 def _without_bits(format: str) -> InputError:

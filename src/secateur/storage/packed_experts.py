@@ -1,4 +1,4 @@
-"""Routed experts whose weights stay packed in memory; those that are visited are unpacked one at a time."""
+"""Routed experts whose weights stay packed in memory; those that are visited are multiplied one at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from secateur.anatomy.mixture import Mixture
 from secateur.anatomy.model import Block
 from secateur.checkpoint.reader import Checkpoint
 from secateur.storage.formats import Packed
-from secateur.storage.low_bit import LowBitStack, packed_matrices
+from secateur.storage.low_bit import LowBitStack, packed_matrices, rows_together
 from secateur.storage.packed_linear import PackedLinear
 
 __all__ = ["PackedExperts", "packed_experts"]
@@ -67,10 +67,10 @@ class PackedExperts(nn.Module):
 
     def _expert(self, expert: int, rows: Tensor) -> Tensor:
         added = [getattr(self.experts, name)[expert] for name in self._biases] or [None, None]
-        product = nn.functional.linear(rows, _unpacked(self.first[expert]), added[0])
+        product = _product(self.first[expert], rows, added[0])
         gated = getattr(self.experts, "has_gate", True)
         activated = self.experts._apply_gate(product) if gated else self.experts.act_fn(product)
-        return nn.functional.linear(activated, _unpacked(self.second[expert]), added[1])
+        return _product(self.second[expert], activated, added[1])
 
 
 def packed_experts(
@@ -122,9 +122,13 @@ def _by_expert(checkpoint: Checkpoint, pieces: Sequence[Piece], count: int) -> l
 
 
 def _matrices(packed: Sequence[Sequence[Packed]], like: Tensor) -> nn.ModuleList:
-    return nn.ModuleList(nn.ModuleList(PackedLinear(one, like) for one in several) for several in packed)
+    return nn.ModuleList(
+        nn.ModuleList(PackedLinear(one, like) for one in rows_together(several)) for several in packed
+    )
 
 
-@torch.no_grad()
-def _unpacked(pieces: nn.Module) -> Tensor:
-    return torch.cat([piece.unpacked() for piece in pieces.children() if isinstance(piece, PackedLinear)])
+def _product(pieces: nn.Module, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """Of (tokens, inputs) with a matrix that is stored in these parts."""
+    parts = [piece(rows) for piece in pieces.children()]
+    found: Tensor = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    return found if bias is None else found + bias
