@@ -62,7 +62,8 @@ def _table(bits: int) -> np.ndarray:
     """By the value of a byte, or of twelve bits, its codes: a byte each, of one integer."""
     width = 12 if 8 % bits else 8
     codes = np.arange(2**width)[:, None] >> np.arange(0, width, bits) & (2**bits - 1)
-    return codes.astype(np.uint8).view(f"i{width // bits}")[:, 0]
+    table: np.ndarray = codes.astype(np.uint8).view(f"i{width // bits}")[:, 0]
+    return table
 
 
 def _in_units(tensor: Tensor, size: int) -> Tensor:

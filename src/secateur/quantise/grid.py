@@ -52,7 +52,7 @@ class Grid:
         groups, rest = weight[:, : whole * self.group], weight[:, whole * self.group :]
         if whole:
             scale, low = self.scale[:, :whole, None], self.low[:, :whole, None]
-            groups.unflatten(1, (whole, self.group)).mul_(scale).add_(low)
+            groups.view(len(groups), whole, self.group).mul_(scale).add_(low)
         if rest.shape[1]:
             rest.mul_(self.scale[:, whole:]).add_(self.low[:, whole:])
         return weight

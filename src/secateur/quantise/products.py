@@ -37,17 +37,17 @@ def byte_products(parts: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         parts: as of `low_bit.parts_of`, of which `in_bytes` holds.
     """
     bits, group = parts["layout"].tolist()
-    scale = parts["scale"].float()
-    weights = _bit_weights(inputs, bits, parts["codes"].shape[1])
+    scale, (rows, stream) = parts["scale"].float(), parts["codes"].shape
+    weights = _bit_weights(inputs, bits, stream)
     found = _group_sums(inputs, group, scale.shape[1]) @ low_of(parts).T
     patterns = torch.from_numpy(BITS).T
-    for groups, part in _pieces(*parts["codes"].shape, bits, group, inputs.shape[1]):
+    for groups, part in _pieces(rows, stream, bits, group, inputs.shape[1]):
         codes = parts["codes"][:, part]
         first = torch.arange(0, 256 * codes.shape[1], 256, dtype=torch.int32)
         index = codes.int().add_(first).flatten()
         for own, weight in zip(found, weights, strict=True):
             sums = (weight[part] @ patterns).flatten().index_select(0, index)
-            grouped = sums.view(len(codes), groups.stop - groups.start, -1).sum(-1)
+            grouped = sums.view(rows, groups.stop - groups.start, -1).sum(-1)
             own.add_(grouped.mul_(scale[:, groups]).sum(-1))
     return found
 

@@ -35,7 +35,7 @@ from secateur.report.model import Block, Layer
 __all__ = ["check_experts", "expert_sizes", "experts_observe", "prune_experts"]
 
 KEPT = "experts.json"
-ROUTING = ("counts", "coactivation", "probabilities", "gates", "norms", "means")
+ROUTING = ("counts", "coactivation", "probabilities", "gates", "norms", "means", "losses")
 PLANNED = frozenset({"spread", "min_keep"})
 """Options that say what is made of scores."""
 
@@ -49,6 +49,8 @@ def check_experts(opened: Opened, method: ExpertMethod, recipe: Recipe) -> None:
         InputError: scores of another model or method.
     """
     _ = _planned(opened, method, recipe).config_updates
+    groups = _rules(opened, method).groups
+    method.check([mixture.count // groups for mixture in _mixtures(opened).values()])
     if recipe.scores is not None:
         _given(opened, method, Path(recipe.scores))
 
