@@ -42,6 +42,7 @@ def test_every_matrix_comes_back(
     assert wrong_with_stack(parts, shape) == ""
     dense = stack_of(parts, shape)
     assert dense.shape == shape
+    assert dense.is_contiguous(), "or products differ in their last digit from those of a dense file"
     assert (dense.mT if transposed else dense).equal(torch.stack(weights))
     alone = [
         parts_of(round_to_nearest(weight, own, group=group, steps=0))

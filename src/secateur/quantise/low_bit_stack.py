@@ -56,7 +56,7 @@ def stack_of(parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """The dense tensor of this shape, float32."""
     _, columns = _plane(parts, shape)
     planes = torch.stack([weight_of(one, columns) for one in split(parts, shape)])
-    return (planes.mT if bool(parts["transposed"]) else planes).reshape(*shape)
+    return (planes.mT.contiguous() if bool(parts["transposed"]) else planes).view(*shape)
 
 
 def wrong_with_stack(parts: Mapping[str, Tensor], shape: Sequence[int]) -> str:
