@@ -24,6 +24,8 @@ __all__ = ["Calibration", "Job", "Recipe", "Recovery", "RecoveryRecipe", "read_r
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 MAX_DEFAULT_LENGTH = 2048
+SMALLER = {"budget": ("structure", "experts"), "plan": ("structure",)}
+"""The families that take it in place of a sparsity."""
 
 
 class Calibration(BaseModel):
@@ -205,7 +207,7 @@ class Recipe(Job):
         if self.budget is None and self.plan is None:
             _ = self.resolved_sparsity
             return
-        if method.family != "structure":
+        if method.family not in SMALLER[given[0]]:
             raise RecipeError(
                 f"a {given[0]} with method {self.method!r}, which removes {method.removes}",
                 "a structured method, whose result is smaller",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from calibration.shared import STORIES_TEXT, TALES_MOE, needs_shared
 from secateur.anatomy.mixture import mixture_of
+from secateur.calibration import routing
 from secateur.calibration.driver import Driver
 from secateur.calibration.source import FolderSource, MemorySource
 from secateur.calibration.windows import Windows, load_windows
@@ -74,19 +76,29 @@ def brute_force(
     experts: nn.Module, x: Tensor, routes: Tensor, gates: Tensor, probabilities: Tensor
 ) -> RoutingStatistics:
     counts, chosen, weights, norms = (torch.zeros(N, dtype=torch.float64) for _ in range(4))
-    together = torch.zeros(N, N, dtype=torch.float64)
+    together, losses = (torch.zeros(N, N, dtype=torch.float64) for _ in range(2))
     for t, row in enumerate(routes.tolist()):
         for slot, i in enumerate(row):
             counts[i] += 1
             chosen[i] += probabilities[t, i]
             weights[i] += gates[t, slot]
             norms[i] += gates[t, slot] * expert_output(experts, i, x[t]).norm()
-            for j in row:
+            for other, j in enumerate(row):
                 together[i, j] += i != j
+                mine, others = (expert_output(experts, e, x[t]).double() for e in (i, j))
+                losses[i, j] += gates[t, slot] * gates[t, other] * (mine @ others)
     means = torch.stack([sum(expert_output(experts, e, one).double() for one in x) for e in range(N)])
     ratios = torch.stack([row.sort(descending=True).values for row in gates])
     return RoutingStatistics(
-        len(x), counts, together, chosen, weights, (ratios[:, 1:] / ratios[:, :1]).half(), norms, means
+        len(x),
+        counts,
+        together,
+        chosen,
+        weights,
+        (ratios[:, 1:] / ratios[:, :1]).half(),
+        norms,
+        means,
+        losses,
     )
 
 
@@ -94,7 +106,7 @@ def require_close(ours: RoutingStatistics, theirs: RoutingStatistics) -> None:
     assert ours.tokens == theirs.tokens
     assert torch.equal(ours.counts, theirs.counts)
     assert torch.equal(ours.coactivation, theirs.coactivation)
-    for name in ("probabilities", "gates", "norms", "means"):
+    for name in ("probabilities", "gates", "norms", "means", "losses"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         assert mine.dtype == torch.float64
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, msg=name)
@@ -122,6 +134,25 @@ def test_statistics_are_those_of_double_loops(family: str, padding: bool) -> Non
         require_close(ours, expected)
         assert ours.counts.sum() == K * ours.tokens
         assert torch.equal(ours.coactivation.sum(1), (K - 1) * ours.counts)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_losses_are_those_of_a_block_whose_experts_are_zero(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "TOKENS", 5)  # several pieces
+    model, windows = many_experts(family), windows_of()
+    losses = observe(model, windows)[0].losses
+    layer = model.model.layers[0].mlp
+    calls = calls_of(model, layer.experts, windows)
+    with torch.no_grad():
+        before = layer.experts(*calls)
+        for gone in ([1], [0, 2], list(range(N))):
+            changed = copy.deepcopy(layer.experts)
+            for parameter in changed.parameters():
+                parameter[gone] = 0
+            moved = (changed(*calls) - before).double().square().sum()
+            torch.testing.assert_close(losses[gone][:, gone].sum(), moved, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

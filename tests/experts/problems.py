@@ -17,6 +17,7 @@ def make_routing(routes: Tensor, count: int, width: int = 8, seed: int = 0) -> R
     visited = torch.zeros(len(routes), count, dtype=torch.float64).scatter_(1, routes, 1.0)
     together = visited.T @ visited
     counts = together.diagonal().clone()
+    outputs = counts[:, None] * torch.randn(count, width, generator=generator, dtype=torch.float64)
     return RoutingStatistics(
         tokens=len(routes),
         counts=counts,
@@ -26,6 +27,7 @@ def make_routing(routes: Tensor, count: int, width: int = 8, seed: int = 0) -> R
         ratios=torch.ones(len(routes), routes.shape[1] - 1).half(),
         norms=counts * torch.rand(count, generator=generator, dtype=torch.float64),
         means=len(routes) * torch.randn(count, width, generator=generator, dtype=torch.float64),
+        losses=outputs @ outputs.T,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from secateur.calibration.driver import Driver
 from secateur.calibration.source import FolderSource, MemorySource
 from secateur.calibration.windows import Windows, load_windows
 from secateur.checkpoint.reader import Checkpoint
+from secateur.core.errors import RecipeError
 from secateur.core.method import METHODS, methods_of
 from secateur.experts.base import ExpertMethod, ExpertProblem, Survivors, expert_problem
 from secateur.experts.frequency_experts import FrequencyExperts
 from secateur.experts.merge_experts import MergeExperts
 from secateur.experts.reap import Reap
+from secateur.experts.recon_experts import ReconExperts
 from secateur.experts.stun import Stun
 
 MINE = [name for name in methods_of("experts") if issubclass(METHODS.get(name), ExpertMethod)]
@@ -32,6 +35,9 @@ VARIANTS: list[ExpertMethod] = [
     Stun(similarity="coactivation", linkage="average", representative="output", router="mean"),
     Stun(similarity="cosine", mean_if_clusters=0, dead="cluster"),
     MergeExperts(linkage="complete", router="representative"),
+    Stun(representative="recon"),
+    ReconExperts(search="each"),
+    ReconExperts(search="exhaustive"),
 ]
 SCORED = [method for method in VARIANTS if method.id != "random-experts"]
 
@@ -312,3 +318,57 @@ def test_methods_see_every_token_of_a_trained_model() -> None:
         for method in methods:
             assert len(survivors(method, problem, 6).kept) == 6
         block.finish()
+
+
+def lost(problem: ExpertProblem, kept: Tensor) -> float:
+    """Squared change of the output of a block without the others, relative."""
+    losses = problem.observed.losses
+    assert losses is not None
+    gone = [one for one in range(problem.count) if one not in kept.tolist()]
+    return float(losses[gone][:, gone].sum() / losses.sum())
+
+
+def test_the_best_set_is_never_beaten_and_a_search_beats_chance() -> None:
+    by = {search: ReconExperts(search=search) for search in ("exhaustive", "greedy", "each")}
+    greedy_loses = 0
+    for seed in range(5):
+        problem = make_problem(seed=seed)
+        for count in range(1, 8):
+            loss = {
+                name: lost(problem, survivors(method, problem, count).kept) for name, method in by.items()
+            }
+            every = [lost(problem, torch.tensor(kept)) for kept in combinations(range(8), count)]
+            assert loss["exhaustive"] == pytest.approx(min(every), abs=1e-12)
+            assert loss["exhaustive"] <= min(loss.values()) + 1e-12
+            assert loss["greedy"] <= sorted(every)[len(every) // 2]
+            greedy_loses += loss["greedy"] > loss["exhaustive"] + 1e-9
+    assert greedy_loses, "or the searches are the same"
+
+
+def test_heights_of_sets_are_what_one_more_costs() -> None:
+    problem = make_problem()
+    method = ReconExperts(search="exhaustive")
+    heights = method.score(problem).sort().values
+    totals = [lost(problem, survivors(method, problem, count).kept) for count in range(8, 0, -1)]
+    steps = torch.tensor(totals, dtype=torch.float64).diff()
+    torch.testing.assert_close(heights[:7], steps.cummax(0).values)
+
+
+def test_of_a_cluster_the_member_stays_without_which_most_is_lost() -> None:
+    problem = make_problem()
+    left = survivors(Stun(representative="recon", mean_if_clusters=0), problem, 4)
+    losses = problem.observed.losses
+    assert losses is not None
+    for stays, members in zip(left.kept.tolist(), left.clusters, strict=True):
+        without = [
+            float(losses[rest][:, rest].sum())
+            for rest in ([other for other in members if other != one] for one in members)
+        ]
+        assert members[without.index(min(without))] == stays
+
+
+def test_too_many_experts_for_all_sets_are_refused_before_a_run() -> None:
+    ReconExperts(search="exhaustive").check([16])
+    ReconExperts().check([128])
+    with pytest.raises(RecipeError, match="search=greedy"):
+        ReconExperts(search="exhaustive").check([8, 17])

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
+from secateur.storage.low_bit import LowBit
 from secateur.storage.packed_experts import PackedExperts
 from secateur.storage.quantizer import SecateurQuantizationConfig
 
@@ -33,9 +34,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def pruned(family: str, text: Path, tmp_path: Path, **changes: int) -> Path:
+def pruned(
+    family: str, text: Path, tmp_path: Path, dtype: torch.dtype = torch.float32, **changes: int
+) -> Path:
     secateur.prune(
-        save_tiny(family, tmp_path / "model", dtype=torch.float16, **changes),
+        save_tiny(family, tmp_path / "model", dtype=dtype, **changes),
         tmp_path / "out",
         method="mc-moe",
         options={"bits": 2.0, "group_size": 32, "grid_steps": 0},
@@ -46,7 +49,7 @@ def pruned(family: str, text: Path, tmp_path: Path, **changes: int) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"])
 def test_packed_experts_compute_what_unpacked_ones_do(family: str, text: Path, tmp_path: Path) -> None:
     out = pruned(family, text, tmp_path)
     dense, packed = load(out, "dense"), load(out, "packed")
@@ -56,7 +59,8 @@ def test_packed_experts_compute_what_unpacked_ones_do(family: str, text: Path, t
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     kept = [module for module in packed.modules() if isinstance(module, PackedExperts)]
     assert kept
-    assert not any(parameter.numel() for module in kept for parameter in module.parameters())
+    large = [p.shape for module in kept for p in module.parameters() if p.numel() and p.dim() > 2]
+    assert not large, "only biases are there"
 
 
 def test_they_take_the_bytes_of_the_file(text: Path, tmp_path: Path) -> None:
@@ -68,8 +72,9 @@ def test_they_take_the_bytes_of_the_file(text: Path, tmp_path: Path) -> None:
     assert nbytes(packed) < 0.5 * nbytes(dense)
 
 
-def test_the_switch_works_on_them(text: Path, tmp_path: Path) -> None:
-    out = pruned("mixtral", text, tmp_path, num_hidden_layers=3)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_the_switch_works_on_them(family: str, text: Path, tmp_path: Path) -> None:
+    out = pruned(family, text, tmp_path, num_hidden_layers=3)
     results = []
     for mode in ("dense", "packed"):
         model = load(out, mode)
@@ -77,3 +82,38 @@ def test_the_switch_works_on_them(text: Path, tmp_path: Path) -> None:
             results.append((model(IDS).logits, pruner.saved))
     assert results[0][1] == results[1][1] > 0
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("qwen3_moe", torch.float32), ("qwen3_moe", torch.bfloat16), ("gpt_oss", torch.float32)],
+)
+def test_a_token_at_a_time_is_computed_from_the_bytes(
+    family: str, dtype: torch.dtype, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the dense files hold the grid rounded to three digits."""
+    out = pruned(family, text, tmp_path, dtype)
+    dense, packed = load(out, "dense"), load(out, "packed")
+    dense.set_experts_implementation("eager")
+    prompt, tolerance = IDS[:1], {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad():
+        expected = dense(prompt).logits[0, -3:]
+        cache = packed(prompt[:, :-3]).past_key_values
+        monkeypatch.setattr(LowBit, "unpack", lambda *_: pytest.fail("a weight was unpacked"))
+        steps = [packed(token[None, None], past_key_values=cache).logits[0, -1] for token in prompt[0, -3:]]
+    if dtype == torch.bfloat16:
+        tolerance = {"rtol": 0.0, "atol": 0.02 * float(expected.abs().max())}
+    torch.testing.assert_close(torch.stack(steps), expected, **tolerance)
+
+
+def test_bench_says_what_computes(text: Path, tmp_path: Path) -> None:
+    out = pruned("mixtral", text, tmp_path)
+    quick = {"prompt_tokens": 8, "new_tokens": 2, "repeats": 1}
+    dense = secateur.bench(out, against=tmp_path / "model", **quick)
+    packed = secateur.bench(out, against=tmp_path / "model", packed=True, **quick)
+    assert dense["kernel"] is None, "packed only where a compiled kernel computes"
+    assert "from the bytes" in packed["kernel"]
+    assert packed["weight_bytes"] < 0.5 * dense["weight_bytes"] == 0.5 * packed["weight_bytes_against"]
+    for result in (dense, packed):
+        assert {row["model"] for row in result["measurements"]} == {"model", "against"}
+        assert all(row["median"] > 0 for row in result["measurements"])

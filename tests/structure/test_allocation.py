@@ -17,10 +17,10 @@ from tiny_models import tiny_model
 from secateur.anatomy.resolve import resolve
 from secateur.anatomy.units import units_of
 from secateur.core.errors import RecipeError
+from secateur.core.goal import Goal
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import Losses, StructureMethod
 from secateur.structure.flap import Flap
-from secateur.structure.goal import Goal
 from secateur.structure.knapsack import loss_curves
 from secateur.structure.nearest import _by_distance, nearest_uniform
 from secateur.structure.wanda_structure import WandaStructure

@@ -20,6 +20,8 @@ from secateur.core.statistics import RoutingStatistics, Statistic
 
 __all__ = ["RoutingProbe", "counting_visits"]
 
+TOKENS = 256
+"""Whose outputs of all experts that they visit are held at once."""
 SMALLEST = 1e-6
 """Below it, shares of a token say nothing about how its scores were made."""
 
@@ -36,7 +38,7 @@ class RoutingProbe(BlockHooks):
         block: what the module is made of.
         mixture: its experts.
         module: the block itself.
-        needs: `expert_norms` and `expert_means` are computed only if named.
+        needs: `expert_norms`, `expert_means` and `expert_losses` are computed only if named.
         device: of the tokens.
     """
 
@@ -60,6 +62,8 @@ class RoutingProbe(BlockHooks):
             shapes["norms"] = (n,)
         if "expert_means" in needs:
             shapes["means"] = (n, d)
+        if "expert_losses" in needs:
+            shapes["losses"] = (n, n)
         self._sums = {
             name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()
         }
@@ -95,6 +99,7 @@ class RoutingProbe(BlockHooks):
             ratios=ratios,
             norms=sums.get("norms"),
             means=sums.get("means"),
+            losses=sums.get("losses"),
         )
 
     def _see_router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,6 +150,16 @@ class RoutingProbe(BlockHooks):
         if "means" in self._sums:
             for expert, total in enumerate(self._sums["means"]):
                 total += self._outputs(rows, routes.new_full((len(rows), 1), expert)).sum(0)
+
+        if "losses" in self._sums:
+            for part in zip(*(torch.split(one, TOKENS) for one in (rows, routes, gates)), strict=True):
+                self._add_losses(*part)
+
+    def _add_losses(self, rows: Tensor, routes: Tensor, gates: Tensor) -> None:
+        outputs = [self._outputs(rows, routes[:, [slot]]) for slot in range(routes.shape[1])]
+        added = torch.stack(outputs, dim=1) * gates[:, :, None]  # (tokens, k, d)
+        pairs = routes[:, :, None] * self._mixture.count + routes[:, None, :]
+        self._sums["losses"].view(-1).index_add_(0, pairs.flatten(), (added @ added.mT).flatten())
 
     def _outputs(self, rows: Tensor, routes: Tensor) -> Tensor:
         """(tokens, d) float64 of the experts in `routes`, (tokens, 1), with weight one."""

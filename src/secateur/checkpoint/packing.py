@@ -109,6 +109,7 @@ FORMATS: Registry[type[Format]] = Registry(
         "nm-columns": "secateur.storage.nm",
         "armor": "secateur.storage.armor",
         "low-bit": "secateur.storage.low_bit",
+        "low-bit-stack": "secateur.storage.low_bit",
     },
 )
 """Formats of tensors; packages add theirs by the entry point group `secateur.formats`."""

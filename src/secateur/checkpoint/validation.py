@@ -32,6 +32,12 @@ QUANTISED_NAME = re.compile(
 )
 BYTE_DTYPES = {"int8", "uint8"}
 FLOAT8_DTYPES = {"float8_e4m3fn", "float8_e5m2"}
+BEFORE = "prune the checkpoint from before quantisation, then quantise the result"
+REMEDIES = {
+    "mxfp4": "there is none from before: load it with "
+    "quantization_config=transformers.Mxfp4Config(dequantize=True), save_pretrained that, and prune it",
+}
+"""What to do about methods of which a model comes in no other form."""
 
 
 def read_json(path: Path, expected: str) -> dict[str, Any]:
@@ -139,7 +145,7 @@ def refuse_quantised_config(folder: Path, config: dict[str, Any]) -> None:
         quantisation = part.get("quantization_config") if isinstance(part, dict) else None
         if quantisation:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-            raise _quantised(folder, f"quantization_config: {method or 'method unknown'}")
+            raise _quantised(folder, f"quantization_config: {method or 'method unknown'}", str(method))
 
 
 def refuse_quantised_tensors(folder: Path, tensors: Iterable[TensorInfo]) -> None:
@@ -152,9 +158,9 @@ def refuse_quantised_tensors(folder: Path, tensors: Iterable[TensorInfo]) -> Non
             raise _quantised(folder, f"it holds {tensor.name}")
 
 
-def _quantised(folder: Path, sign: str) -> CheckpointError:
+def _quantised(folder: Path, sign: str, method: str = "") -> CheckpointError:
     return CheckpointError(
         f"{folder} is quantised ({sign})",
         "weights in bfloat16, float16 or float32",
-        "prune the checkpoint from before quantisation, then quantise the result",
+        REMEDIES.get(method, BEFORE),
     )

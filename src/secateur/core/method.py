@@ -54,6 +54,7 @@ ROOMS = {
         "random-experts",
         "frequency-experts",
         "reap",
+        "recon-experts",
         "stun",
         "merge-experts",
         "mc-moe",

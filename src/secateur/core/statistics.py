@@ -24,6 +24,7 @@ Statistic = Literal[
     "routing",
     "expert_norms",
     "expert_means",
+    "expert_losses",
 ]
 
 BACKWARD: frozenset[Statistic] = frozenset(
@@ -31,7 +32,7 @@ BACKWARD: frozenset[Statistic] = frozenset(
 )
 """What comes from gradients of the loss; the rest is seen on the way forward."""
 
-ROUTED: frozenset[Statistic] = frozenset({"routing", "expert_norms", "expert_means"})
+ROUTED: frozenset[Statistic] = frozenset({"routing", "expert_norms", "expert_means", "expert_losses"})
 """What is seen of the experts of a block as a whole; the rest is seen where a matrix takes its input."""
 
 
@@ -95,6 +96,9 @@ class RoutingStatistics:
         norms: (n,) float64, sum over the tokens that visited an expert of gate * ||output||_2
             (`expert_norms`).
         means: (n, d) float64, sum over ALL tokens of the output of each expert (`expert_means`).
+        losses: (n, n) float64, sum over the tokens that visited both of the inner product of what the two add
+            to the output, weights included (`expert_losses`). Summed over a set of experts, rows and columns,
+            it is the squared change of the block's output when the weights of all of them are zero.
         ratios: (tokens, k - 1) float16, probability of the second, third, ... expert of a token over that of
             its first.
     """
@@ -107,6 +111,7 @@ class RoutingStatistics:
     ratios: Tensor
     norms: Tensor | None = None
     means: Tensor | None = None
+    losses: Tensor | None = None
 
     def part(self, rows: Tensor) -> RoutingStatistics:
         """Of these experts alone, int64."""
@@ -118,4 +123,5 @@ class RoutingStatistics:
             gates=self.gates[rows],
             norms=None if self.norms is None else self.norms[rows],
             means=None if self.means is None else self.means[rows],
+            losses=None if self.losses is None else self.losses[rows][:, rows],
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateur.anatomy.router import RouterRules
 from secateur.core.errors import RecipeError
+from secateur.core.goal import Goal, fewest
 from secateur.experts.base import ExpertMethod
 
 __all__ = ["allocate"]
@@ -17,14 +18,21 @@ TOLERANCE = 0.02
 
 
 def allocate(
-    scores: Sequence[Tensor], rules: RouterRules, sparsity: float, method: ExpertMethod
+    scores: Sequence[Tensor],
+    rules: RouterRules,
+    sparsity: float,
+    method: ExpertMethod,
+    *,
+    goal: Goal | None = None,
 ) -> list[Tensor]:
-    """Choose what stays: exactly the number of experts that comes nearest to the sparsity.
+    """Choose what stays: exactly the number of experts that comes nearest to the sparsity, or as many as a
+    limit allows.
 
     Args:
         scores: (n,) of each block with experts; the smallest go, ties by position.
         rules: every block keeps at least what its router needs, and as many in each of its groups.
         sparsity: fraction of all these experts that goes.
+        goal: a limit that is met instead of the sparsity, and never exceeded.
 
     Returns:
         For each block the experts that stay, sorted int64.
@@ -32,14 +40,44 @@ def allocate(
     Raises:
         RecipeError: more than can go, or no number of experts near it.
     """
-    total = sum(map(len, scores))
     ranked = [_ranked(own, rules.groups) for own in scores]
     floor = max(rules.least, method.min_keep)
     most = [max(0, (len(own) - floor) // rules.groups) for own in scores]
-    if method.spread == "global":
-        steps = _global(ranked, most, round(sparsity * total / rules.groups), method)
+
+    def left(steps: Sequence[int]) -> list[int]:
+        return [len(own) - taken * rules.groups for own, taken in zip(scores, steps, strict=True)]
+
+    def spend(share: float) -> list[int]:
+        if method.spread == "global":
+            return _global(ranked, most, round(share * sum(map(len, scores)) / rules.groups), method)
+        return [round(share * len(own) / rules.groups) for own in scores]
+
+    if goal is None:
+        steps = spend(sparsity)
+        _check_share(scores, rules, sparsity, method, steps, most)
     else:
-        steps = [round(sparsity * len(own) / rules.groups) for own in scores]
+        kept = f"what is no expert, and the {floor} experts that every block keeps"
+        goal.require_reachable(left(most), kept, "raise --budget")
+        whole = sum(map(len, scores)) if method.spread == "global" else max(map(len, scores))
+
+        def within(count: int) -> list[int]:
+            return [min(pair) for pair in zip(spend(count * rules.groups / whole), most, strict=True)]
+
+        steps = within(fewest(lambda count: goal.met(left(within(count))), whole // rules.groups))
+    gone = [members[:taken].flatten() for (_, members), taken in zip(ranked, steps, strict=True)]
+    return [_others(len(own), lost) for own, lost in zip(scores, gone, strict=True)]
+
+
+def _check_share(
+    scores: Sequence[Tensor],
+    rules: RouterRules,
+    sparsity: float,
+    method: ExpertMethod,
+    steps: Sequence[int],
+    most: Sequence[int],
+) -> None:
+    """Refuse a share that is out of reach, or that whole experts do not make."""
+    total = sum(map(len, scores))
     reached = sum(steps) * rules.groups / total
     if any(taken > room for taken, room in zip(steps, most, strict=True)) or (
         reached < sparsity - TOLERANCE and sum(steps) == sum(most)
@@ -47,7 +85,7 @@ def allocate(
         raise RecipeError(
             f"sparsity {sparsity:g} of the experts",
             f"at most {sum(most) * rules.groups / total:.3f}: a token visits {rules.top_k}, and every block "
-            f"keeps {floor}",
+            f"keeps {max(rules.least, method.min_keep)}",
             "lower --sparsity",
         )
     if abs(reached - sparsity) > TOLERANCE:
@@ -56,8 +94,6 @@ def allocate(
             f"a share that whole experts make: {_near(scores, rules, sparsity)}",
             "choose one of these, or spread the budget over the model: -O spread=global",
         )
-    gone = [members[:taken].flatten() for (_, members), taken in zip(ranked, steps, strict=True)]
-    return [_others(len(own), lost) for own, lost in zip(scores, gone, strict=True)]
 
 
 def _ranked(scores: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -148,6 +148,14 @@ class ExpertMethod(Method):
         "uniform", description="uniform: as many in every block; global: one ranking of the whole model"
     )
     min_keep: int = Field(1, ge=1, description="experts that every block keeps at least")
+
+    def check(self, counts: Sequence[int]) -> None:
+        """Refuse, before anything is read, options that so many experts of each block (of each group of its
+        router) do not allow.
+
+        Raises:
+            RecipeError: which.
+        """
 
     def score(self, problem: ExpertProblem) -> Tensor:
         """(n,) importance of each expert; the smallest go.

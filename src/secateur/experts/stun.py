@@ -56,10 +56,10 @@ class Stun(ExpertMethod):
     linkage: Linkage = Field(
         "complete", description="complete, average, or stun: the rule of the published code"
     )
-    representative: Literal["centroid", "frequency", "output"] = Field(
+    representative: Literal["centroid", "frequency", "output", "recon"] = Field(
         "centroid",
-        description="which member stays: nearest to the mean of the weights, most visited, or nearest to the "
-        "mean of the outputs",
+        description="which member stays: nearest to the mean of the weights, most visited, nearest to the "
+        "mean of the outputs, or the one with which the output of the block changes least",
     )
     mean_if_clusters: int = Field(
         2, ge=0, description="with so few clusters left, each becomes the mean of its members"
@@ -73,8 +73,13 @@ class Stun(ExpertMethod):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
+        outputs: set[Statistic] = set()
         if self.similarity == "outputs" or self.representative == "output":
-            return frozenset({"routing", "expert_means"})
+            outputs.add("expert_means")
+        if self.representative == "recon":
+            outputs.add("expert_losses")
+        if outputs:
+            return self.needs | outputs
         weights_only = self.similarity in ("router", "cosine") and self.representative == "centroid"
         return frozenset() if weights_only and self.dead == "cluster" else self.needs
 
@@ -145,6 +150,15 @@ class Stun(ExpertMethod):
             return nearest(clusters, torch.zeros(problem.count), visits)
         if self.representative == "centroid":
             return nearest(clusters, distances_to_means(problem.weights, clusters), visits)
+        if self.representative == "recon":
+            return [min(members, key=lambda one: _lost(problem, members, one)) for members in clusters]
         means = problem.observed.means
         assert means is not None
         return nearest(clusters, distances_to_means({"": means[:, None]}, clusters), visits)
+
+
+def _lost(problem: ExpertProblem, members: Cluster, stays: int) -> float:
+    """Squared change of the block's output without all members but one."""
+    gone, losses = [one for one in members if one != stays], problem.observed.losses
+    assert losses is not None
+    return float(losses[gone][:, gone].sum())

@@ -134,7 +134,7 @@ def _judge(
         sizes=Sizes.of(models[0].checkpoint, models[1].checkpoint, outcome.zeros),
         outcome=outcome,
         verdict=verdict,
-        structure=structure_facts(models, outcome) if run.method.family == "structure" else None,
+        structure=structure_facts(models, outcome) if run.method.family in ("structure", "experts") else None,
         storage=storage_facts(models[1].checkpoint, run.recipe.format),
         calibration=run.data.calibration if observes(run.method, run.recipe) else None,
         loads_in=found_to_load(models[1], try_it=run.recipe.check_loading),

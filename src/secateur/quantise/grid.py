@@ -47,8 +47,15 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """(rows, columns) float32 that the codes mean."""
-        scale, low = self._wide(codes.shape[1])
-        return codes.float().mul_(scale).add_(low)
+        weight = codes.float()
+        whole = codes.shape[1] // self.group
+        groups, rest = weight[:, : whole * self.group], weight[:, whole * self.group :]
+        if whole:
+            scale, low = self.scale[:, :whole, None], self.low[:, :whole, None]
+            groups.view(len(groups), whole, self.group).mul_(scale).add_(low)
+        if rest.shape[1]:
+            rest.mul_(self.scale[:, whole:]).add_(self.low[:, whole:])
+        return weight
 
     def rows(self, start: int, stop: int) -> Grid:
         """That of some of the rows."""

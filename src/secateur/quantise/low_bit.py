@@ -19,10 +19,12 @@ from secateur.quantise.codes import pack_codes, row_bytes, unpack_codes
 from secateur.quantise.gptq import Quantised
 from secateur.quantise.grid import METADATA, Grid
 
-__all__ = ["PARTS", "parts_of", "quantised_of", "wrong_with"]
+__all__ = ["PARTS", "low_of", "parts_of", "quantised_of", "weight_of", "wrong_with"]
 
 PARTS = ("layout", "codes", "scale")
 """That every matrix has."""
+PIECE = 1 << 17
+"""Weights that are unpacked at a time."""
 MOST_BITS = 8
 
 
@@ -40,9 +42,26 @@ def parts_of(quantised: Quantised) -> dict[str, Tensor]:
 def quantised_of(parts: Mapping[str, Tensor], columns: int) -> Quantised:
     """What was stored of a matrix with so many columns, on the device of the parts."""
     bits, group = (int(number) for number in parts["layout"])
-    scale = parts["scale"].float()
-    low = parts["low"].float() if "low" in parts else -scale / 2
-    return Quantised(Grid(bits, group, scale, low), unpack_codes(parts["codes"], bits, columns))
+    grid = Grid(bits, group, parts["scale"].float(), low_of(parts))
+    return Quantised(grid, unpack_codes(parts["codes"], bits, columns))
+
+
+def weight_of(parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(rows, columns) that was stored; on the CPU some rows at a time, so that what is needed besides stays
+    in the cache."""
+    rows = len(parts["codes"])
+    if not parts["codes"].is_cpu:
+        return quantised_of(parts, columns).weight.to(dtype)
+    weight, step = torch.empty(rows, columns, dtype=dtype), max(1, PIECE // max(columns, 1))
+    for start in range(0, rows, step):
+        own = {name: part if name == "layout" else part[start : start + step] for name, part in parts.items()}
+        weight[start : start + step] = quantised_of(own, columns).weight
+    return weight
+
+
+def low_of(parts: Mapping[str, Tensor]) -> Tensor:
+    """(rows, groups) float32: what code 0 means."""
+    return parts["low"].float() if "low" in parts else -parts["scale"].float() / 2
 
 
 def wrong_with(parts: Mapping[str, Tensor], rows: int, columns: int) -> str:

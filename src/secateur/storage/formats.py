@@ -2,7 +2,7 @@
 
 >>> from secateur.storage.formats import FORMATS
 >>> FORMATS.names()
-['armor', 'bitmask', 'low-bit', 'nm', 'nm-columns']
+['armor', 'bitmask', 'low-bit', 'low-bit-stack', 'nm', 'nm-columns']
 """
 
 from secateur.checkpoint.packing import FORMATS, VERSION, Format, Packed, refused

@@ -1,4 +1,4 @@
-"""Formats whose weights are multiplied as they lie in memory, by what `runtime` has for their device."""
+"""Formats whose weights are multiplied as they lie, by what `runtime` has for their device, or by torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from secateur.runtime.build import library, why_missing
 from secateur.runtime.kernel import Layout, Matrix, Path, linear, path_of
 from secateur.runtime.semi_structured import Choices, fits
 from secateur.storage.bitmask import row_offsets
+from secateur.storage.low_bit_linear import low_bit_linear
 from secateur.storage.packed_linear import KERNELS, PackedLinear, unpack_and_multiply
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
 ]
 
 STORED = (torch.bfloat16, torch.float16)
-UNPACKING = ("armor",)
+UNPACKING = ("armor", "low-bit")
 """Formats whose kernels save memory, not time."""
+WORDS = {"low-bit": "torch, from the bytes for few tokens at a time"}
+"""What other kernels than the compiled one are."""
 TAKEN = "the kernel takes 16-bit weights in bitmask or 2:4, computing in float32 or their own dtype"
 CHOICES = Choices()
 """Of this process, for 2:4 on CUDA devices."""
@@ -176,7 +179,7 @@ def _computing(layer: PackedLinear) -> str:
             return told
     ours = function in (compiled, groups)
     if not (ours or isinstance(layer.prepared, Matrix)):
-        return f"that of {layer.format}"
+        return WORDS.get(layer.format, f"that of {layer.format}")
     words = kernel_words() if device.type == "cpu" else None
     if device.type == "cpu" and words is None:
         return f"none, packed weights are unpacked for every product: {why_missing()}"
@@ -230,4 +233,4 @@ def _needs_gradients(packed: PackedLinear, inputs: Tensor) -> bool:
     return inputs.requires_grad or (packed.bias is not None and packed.bias.requires_grad)
 
 
-KERNELS.update({"bitmask": compiled, "nm": groups})
+KERNELS.update({"bitmask": compiled, "nm": groups, "low-bit": low_bit_linear})

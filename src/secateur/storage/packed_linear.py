@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
     @property
     def parts(self) -> dict[str, Tensor]:
         """The parts of the weight by name."""
-        return {name: self.get_buffer(f"packed_{name}") for name in self._parts}
+        return {name: getattr(self, f"packed_{name}") for name in self._parts}
 
     @property
     def packed_bytes(self) -> int:

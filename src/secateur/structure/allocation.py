@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from secateur.anatomy.units import Units
 from secateur.core.errors import RecipeError
+from secateur.core.goal import Goal, fewest
 from secateur.structure.base import StructureMethod, UnitMethod
-from secateur.structure.goal import Goal
 from secateur.structure.groups import Scored, comparable, floor_of, lowest, removable, step_of
 from secateur.structure.knapsack import fewest_losses, parameters_left
 
@@ -58,7 +58,12 @@ def allocate(
         removed = spend(sparsity * sum(sizes))
         _check_reached(groups, [len(gone) for gone in removed], sparsity, sum(sizes), method)
     else:
-        _check_reachable(goal, [floor_of(group.units, method) for group in groups], method)
+        goal.require_reachable(
+            [floor_of(group.units, method) for group in groups],
+            f"what is outside the blocks, norms, and the {method.min_keep} unit(s) of each kind that a block "
+            "keeps",
+            "raise --budget, or lower min_keep",
+        )
         if method.spread == "knapsack" and method.remove_heads is None:
             removed = fewest_losses(groups, goal, method)
         else:
@@ -137,17 +142,6 @@ def _heads(groups: Sequence[Scored], method: StructureMethod) -> list[Tensor]:
     return lowest(groups, [min(total // blocks, removable(group.units, method)) for group in groups])
 
 
-def _check_reachable(goal: Goal, floors: Sequence[int], method: StructureMethod) -> None:
-    least = goal.cost(floors)
-    if least > goal.limit:
-        raise RecipeError(
-            f"a budget of {goal.limit:,.6g} {goal.unit}",
-            f"at least {least:,.6g}: what is outside the blocks, norms, and the {method.min_keep} unit(s) of "
-            "each kind that a block keeps",
-            "raise --budget, or lower min_keep",
-        )
-
-
 def _least_spent(
     groups: Sequence[Scored], goal: Goal, spend: Callable[[float], list[Tensor]], most: int
 ) -> list[Tensor]:
@@ -157,16 +151,7 @@ def _least_spent(
     def met(removed: Sequence[Tensor]) -> bool:
         return goal.met([group.units.count - len(gone) for group, gone in zip(groups, removed, strict=True)])
 
-    enough = spend(most)
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        removed = spend(middle)
-        if met(removed):
-            high, enough = middle, removed
-        else:
-            low = middle
-    return enough
+    return spend(fewest(lambda budget: met(spend(budget)), most))
 
 
 def _check_reached(

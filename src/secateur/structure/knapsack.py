@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from secateur.anatomy.units import Units
+from secateur.core.goal import Goal
 from secateur.core.knapsack import least_loss
 from secateur.structure.base import StructureMethod
-from secateur.structure.goal import Goal
 from secateur.structure.groups import Scored, comparable, floor_of, lowest, step_of
 
 if TYPE_CHECKING:

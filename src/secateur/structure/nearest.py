@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+from secateur.core.goal import Goal
 from secateur.structure.base import StructureMethod
-from secateur.structure.goal import Goal
 from secateur.structure.groups import Scored, floor_of, lowest, step_of
 
 if TYPE_CHECKING:

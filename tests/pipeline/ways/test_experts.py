@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.resolve import resolve
+from secateur.checkpoint.reader import Checkpoint
 from secateur.cli.app import run
 from secateur.core.errors import InputError, OutputError, RecipeError
 
@@ -150,7 +151,81 @@ def test_an_interrupted_run_ends_in_the_same_bytes(method: str, tmp_path: Path) 
     with interrupted(1):
         prune(model, tmp_path / "out", **settings)
     prune(model, tmp_path / "out", resume=True, **settings)
-    assert same_bytes(tmp_path / "out", tmp_path / "whole", "scores.safetensors")
+    assert same_bytes(tmp_path / "out", tmp_path / "whole", "scores.safetensors", "experts.json")
+
+
+@pytest.mark.parametrize("method", ["reap", "merge-experts"])
+def test_which_experts_stay_and_what_they_stand_for_lies_beside_the_model(
+    method: str, tmp_path: Path
+) -> None:
+    model = save_tiny("deepseek_v3", tmp_path / "model", n_routed_experts=8)  # block 0 has no experts
+    prune(model, tmp_path / "out", method=method, sparsity=0.25)
+    content = json.loads((tmp_path / "out" / "experts.json").read_text())
+    assert (content["version"], content["method"], [*content["blocks"]]) == (1, method, ["1", "2"])
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    visits = load_file(tmp_path / "out" / "scores.safetensors")
+    for index, own in content["blocks"].items():
+        whole, left = (m.model.layers[int(index)].mlp.experts.down_proj for m in (dense, loaded))
+        assert ("clusters" in own) == (method == "merge-experts")
+        clusters = own.get("clusters") or [[one] for one in own["kept"]]
+        assert all(one in cluster for one, cluster in zip(own["kept"], clusters, strict=True))
+        weights = visits[f"{index}.experts.counts"].float()
+        for place, cluster in enumerate(clusters):
+            share = weights[cluster] / weights[cluster].sum()
+            share = share if share.isfinite().all() else torch.full_like(share, 1 / len(cluster))
+            mean = torch.einsum("n,nij->ij", share, whole[cluster])
+            torch.testing.assert_close(left[place], mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", ["uniform", "global"])
+@pytest.mark.parametrize("kind", ["parameters", "bytes"])
+def test_a_budget_takes_as_few_experts_as_it_needs(kind: str, spread: str, tmp_path: Path) -> None:
+    model = save_tiny("qwen2_moe", tmp_path / "model", num_experts=8, num_hidden_layers=3)
+    settings: dict[str, Any] = {
+        "method": "frequency-experts", "budget": f"{kind}=0.8x", "options": {"spread": spread}
+    }  # fmt: skip
+    planned = secateur.plan(model, **settings)
+    report = prune(model, tmp_path / "out", evaluation_windows=0, **settings)
+    before, after = Checkpoint.open(model), Checkpoint.open(tmp_path / "out")
+    sizes = [(one.parameters, one.nbytes) for one in (before, after)]
+    dense, size = (own[kind == "bytes"] for own in sizes)
+    experts = json.loads((tmp_path / "out" / "experts.json").read_text())["blocks"]
+    gone = 24 - sum(len(own["kept"]) for own in experts.values())
+    one = (dense - size) / gone
+    step = one if spread == "global" else 3 * one  # what goes together
+    assert size <= 0.8 * dense < size + step
+    assert (planned["parameters_after"], planned["bytes_after"]) == sizes[1]
+    assert planned["sparsity"] == report.sparsity == report.sparsity_requested == pytest.approx(gone / 24)
+    assert planned["budget"] == report.budget == settings["budget"]
+    assert report.structure is not None
+    assert report.structure.budget is not None
+    budget = report.structure.budget
+    assert (budget.unit, budget.planned, budget.dense) == (kind, size, dense)
+    assert budget.limit == pytest.approx(0.8 * dense)
+
+
+def test_a_budget_leaves_whole_groups_of_a_router(tmp_path: Path) -> None:
+    model = save_tiny("deepseek_v3", tmp_path / "model", n_routed_experts=8)
+    report = prune(
+        model, tmp_path / "out", method="random-experts", budget="bytes=0.93x", evaluation_windows=0
+    )
+    assert report.sparsity == 0.25
+    assert 0.8 < report.bytes_after / report.bytes_before <= 0.93
+
+
+def test_budgets_out_of_reach_are_refused(tmp_path: Path) -> None:
+    model, out = save_tiny("mixtral", tmp_path / "model"), tmp_path / "out"
+    for budget, words in (
+        ("parameters=0.1x", r"at least .*: what is no expert, and the 2 experts that every block keeps"),
+        ("parameters=9B", "less than the dense model has"),
+        ("decode=0.8x", r"visits as many experts as before.*--budget bytes="),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            prune(model, out, method="reap", budget=budget)
+        with pytest.raises(RecipeError, match=words):
+            secateur.plan(model, method="reap", budget=budget)
+    assert not out.exists()
 
 
 def test_scores_of_a_run_plan_other_shares_without_text(tmp_path: Path) -> None:
@@ -216,8 +291,6 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
         prune(model, out, method="reap", sparsity=0.75)
     with pytest.raises(RecipeError, match=r"0\.250, 0\.500"):
         prune(model, out, method="reap", sparsity=0.4)
-    with pytest.raises(RecipeError, match="budget"):
-        prune(model, out, method="reap", budget="parameters=50%", sparsity=None)
     grouped = save_tiny("deepseek_v3", tmp_path / "grouped", n_routed_experts=8)
     with pytest.raises(RecipeError, match="every block keeps 4"):
         prune(grouped, out, method="reap", sparsity=0.75)

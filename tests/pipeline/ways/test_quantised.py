@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import IDS as ELSEWHERE
+from elsewhere import loaded_elsewhere
 from tiny_models import save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +21,7 @@ from secateur.calibration.source import MemorySource
 from secateur.calibration.windows import load_windows
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.writer import CheckpointWriter
-from secateur.core.errors import AnatomyError, RecipeError
+from secateur.core.errors import CheckpointError, RecipeError
 from secateur.experts.online import OnlinePlan
 from secateur.pipeline.ways import quantised
 from secateur.quantise.gptq import gptq, round_to_nearest
@@ -60,7 +62,12 @@ def logits(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("mixtral", torch.float32), ("qwen3_moe", torch.bfloat16), ("deepseek_v3", torch.float16)],
+    [
+        ("mixtral", torch.float32),
+        ("qwen3_moe", torch.bfloat16),
+        ("deepseek_v3", torch.float16),
+        ("gpt_oss", torch.bfloat16),
+    ],
 )
 def test_files_hold_what_was_rounded_and_load(
     family: str, dtype: torch.dtype, text: Path, tmp_path: Path
@@ -79,13 +86,20 @@ def test_files_hold_what_was_rounded_and_load(
     for name, weight in before.read(before.tensors).items():
         info, new = after.tensors[name], after.read([name])[name]
         assert (info.shape, new.dtype) == (tuple(weight.shape), dtype)
-        if info.format != "low-bit":
-            assert new.equal(weight), "router, norms and embeddings stay as they are"
-        else:
-            levels = 2 ** int(after.read_packed(name).parts["layout"][0])
-            rows = [row for group in new.split(32, dim=1) for row in group]
-            assert max(len(row.unique()) for row in rows) <= levels
-    assert sum(info.format == "low-bit" for info in after.tensors.values()) >= len(matrices)
+        if not info.format:
+            assert new.equal(weight), "router, norms, biases and embeddings stay as they are"
+            continue
+        stacked = info.format == "low-bit-stack"
+        layouts = after.read_packed(name).parts["layout"].view(-1, 2)
+        planes = new.mT if stacked else new[None]  # gpt_oss stores inputs before outputs
+        for plane, (own, group) in zip(planes, layouts.tolist(), strict=True):
+            rows = [row for part in plane.split(group, dim=1) for row in part]
+            assert max(len(row.unique()) for row in rows) <= 2**own
+        if stacked:
+            index = name.split(".")[2]
+            assert layouts[:, 0].tolist() == bits[index]
+    formats = {info.format for info in after.tensors.values() if info.format}
+    assert formats == ({"low-bit", "low-bit-stack"} if family == "gpt_oss" else {"low-bit"})
     assert report.parameters_after == report.parameters_before
     assert report.bytes_after == after.nbytes < 0.75 * report.bytes_before
     assert report.precision is not None
@@ -95,6 +109,10 @@ def test_files_hold_what_was_rounded_and_load(
     assert not loaded.equal(logits(model))
     secateur.export(out, tmp_path / "dense", format="dense")
     assert logits(tmp_path / "dense").equal(loaded)
+    if family == "gpt_oss":
+        here = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        assert loaded_elsewhere(out, "import").logits.equal(here(ELSEWHERE).logits)
+        assert not Checkpoint.open(tmp_path / "dense").formats
 
 
 def test_plain_rounding_is_written_to_the_bit(text: Path, tmp_path: Path) -> None:
@@ -104,6 +122,22 @@ def test_plain_rounding_is_written_to_the_bit(text: Path, tmp_path: Path) -> Non
     weight = Checkpoint.open(model).read([name])[name]
     new = Checkpoint.open(out).read([name])[name]
     assert new.equal(round_to_nearest(weight, 2, group=32, steps=5).weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("gpt_oss", "mlp.experts.down_proj"), ("gpt2", "mlp.c_fc.weight")]
+)
+def test_what_is_stored_transposed_is_rounded_along_its_inputs(
+    family: str, name: str, text: Path, tmp_path: Path
+) -> None:
+    model, out = save_tiny(family, tmp_path / "model"), tmp_path / "out"
+    prune(model, out, text, method="uniform-bits", options={"bits": 2, "rounding": "nearest"})
+    stored = next(full for full in Checkpoint.open(model).tensors if full.endswith(f"1.{name}"))
+    dense, new = (Checkpoint.open(folder).read([stored])[stored] for folder in (model, out))
+    planes = dense.mT if dense.dim() == 3 else dense.T[None]
+    expected = torch.stack([round_to_nearest(plane, 2, group=32, steps=5).weight.T for plane in planes])
+    assert new.equal(expected.view_as(dense))
+    assert torch.isfinite(logits(out)).all()
 
 
 def test_a_model_without_experts_is_rounded_everywhere_and_better_with_gptq(
@@ -138,11 +172,11 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("parts", [0, 1])
+@pytest.mark.parametrize(("parts", "family"), [(0, "qwen3_moe"), (1, "qwen3_moe"), (1, "gpt_oss")])
 def test_a_run_that_was_killed_ends_in_the_same_bytes(
-    parts: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: int, family: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = save_tiny("qwen3_moe", tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=3)
+    model = save_tiny(family, tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=3)
     prune(model, tmp_path / "whole", text, options={"bits": 2.0})
     write = CheckpointWriter.write
 
@@ -179,11 +213,9 @@ def test_thresholds_for_online_pruning_lie_beside_the_model(text: Path, tmp_path
     ("family", "settings", "error", "words"),
     [
         ("llama", {}, RecipeError, "no routed experts"),
-        ("gpt_oss", {"options": {"bits": 2.0}}, AnatomyError, "gpt_oss"),
         ("mixtral", {"options": {"bits": 1.2}}, RecipeError, "bits=1.2"),
         ("mixtral", {"sparsity": 0.5}, RecipeError, "bits"),
         ("mixtral", {"budget": "bytes=1MB"}, RecipeError, "bits"),
-        ("gpt2", {"method": "uniform-bits"}, AnatomyError, "gpt2"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(
@@ -192,6 +224,17 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     model = save_tiny(family, tmp_path / "model")
     with pytest.raises(error, match=words):
         prune(model, tmp_path / "out", text, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_four_bit_files_of_gpt_oss_are_refused_in_one_line(text: Path, tmp_path: Path) -> None:
+    model = save_tiny("gpt_oss", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}})
+    )
+    with pytest.raises(CheckpointError, match=r"quantised.*mxfp4.*dequantize=True"):
+        prune(model, tmp_path / "out", text, options={"bits": 2.0})
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from secateur.anatomy.units import Units
 from secateur.calibration.distributed import Group
 from secateur.checkpoint.durable import write_bytes
 from secateur.core.errors import RecipeError
+from secateur.core.goal import Goal
 from secateur.core.progress import Progress
 from secateur.evaluation.memory import available_memory_bytes
 from secateur.evaluation.speed import compare_speed
@@ -26,7 +27,6 @@ from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.result import Group as Member
 from secateur.pipeline.plans.result import Result
 from secateur.structure.base import StructureMethod
-from secateur.structure.goal import Goal
 from secateur.structure.groups import floor_of
 
 __all__ = ["DECODE", "DecodeTable", "measure_decode", "rising"]

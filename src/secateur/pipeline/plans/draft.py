@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.anatomy.resized import fixed_heads, is_stock
 from secateur.anatomy.units import Units, norm_over
 from secateur.core.errors import AnatomyError, InputError, RecipeError
+from secateur.core.goal import Goal
 from secateur.core.plan import Plan
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.plans.decode_costs import DecodeTable
@@ -20,7 +21,6 @@ from secateur.pipeline.plans.result import Group, Result, new_biases, unit_bytes
 from secateur.recipe import Recipe
 from secateur.structure.allocation import Scored, allocate
 from secateur.structure.base import StructureMethod, UnitMethod
-from secateur.structure.goal import Goal
 from secateur.structure.groups import floor_of
 from secateur.structure.knapsack import loss_curves
 from secateur.structure.nearest import Widths, nearest_uniform
@@ -125,8 +125,7 @@ class Draft:
             return None
         exact = {"parameters": self.result.parameters, "bytes": self.result.nbytes}  # biases may be narrower
         planned = exact.get(self.goal.unit, self.goal.cost([len(stays) for stays in self.kept]))
-        dense = self.goal.cost([group.units.count for group in self.scored])
-        return {"unit": self.goal.unit, "limit": self.goal.limit, "planned": planned, "dense": dense}
+        return self.goal.facts(planned, [group.units.count for group in self.scored])
 
     def _uniform(self) -> dict[str, Any] | None:
         if self.equal is None:
@@ -246,10 +245,7 @@ def goal_of(
         dense = decode.milliseconds
     else:
         goal, dense = _linear_goal(opened, method, groups, target.kind, target.of)
-    if goal.limit >= dense:
-        raise RecipeError(
-            f"budget {recipe.budget}", f"less than the dense model has: {dense:,.6g} {goal.unit}", "lower it"
-        )
+    goal.require_below(dense, recipe.budget)
     return goal
 
 
@@ -262,12 +258,8 @@ def _linear_goal(
     each = [unit_bytes(opened, group) if in_bytes else group[1].parameters for group in groups]
     whole = Result.of(opened, groups, [torch.arange(units.count) for _, units in groups], biases)
     most = whole.nbytes if in_bytes else whole.parameters  # with biases, the widest they can be
-    costs = [
-        torch.arange(units.count + 1, dtype=torch.float64) * cost
-        for (_, units), cost in zip(groups, each, strict=True)
-    ]
-    rest = most - sum(float(cost[-1]) for cost in costs)
-    return Goal(kind, limit_of(dense), rest, costs), float(dense)
+    counts = [units.count for _, units in groups]
+    return Goal.linear(kind, limit_of(dense), most, counts, each), float(dense)
 
 
 def _scored(opened: Opened, method: StructureMethod, found: Mapping[str, Tensor] | None) -> list[Scored]:

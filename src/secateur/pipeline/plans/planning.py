@@ -93,17 +93,18 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
         return structure_outcome(opened, method, recipe)
     if isinstance(method, PrecisionMethod):
         return precision_outcome(opened, method)
-    anatomy, sparsity = opened.anatomy, recipe.resolved_sparsity
+    anatomy = opened.anatomy
     before, nbytes = opened.checkpoint.parameters, opened.checkpoint.dense_nbytes
     if isinstance(method, WeightMethod):
         return _zeros_outcome(opened, recipe, method)
     found = planned_sizes(opened, method, recipe)
     if found is None:
-        freed = int(anatomy.block_parameters * sparsity)
+        freed = int(anatomy.block_parameters * recipe.resolved_sparsity)
         after = nbytes - round(nbytes * freed / before)
-        found = FileSizes(sparsity, before - freed, after, exact=False)
+        found = FileSizes(recipe.resolved_sparsity, before - freed, after, exact=False)
     return {
         "sparsity": found.sparsity,
+        "budget": recipe.budget,
         "parameters_prunable": anatomy.block_parameters,
         "zeros_after": 0,
         "parameters_after": found.parameters,
@@ -111,7 +112,11 @@ def _outcome(opened: Opened, recipe: Recipe, method: Method) -> dict[str, Any]:
         "exact": found.exact,
         "faster": not isinstance(method, ExpertMethod),
         "effect": effect(
-            recipe.pattern, sparsity, removes=method.removes, bytes_before=nbytes, bytes_after=found.nbytes
+            recipe.pattern,
+            found.sparsity,
+            removes=method.removes,
+            bytes_before=nbytes,
+            bytes_after=found.nbytes,
         ),
         "loads_in": {
             "transformers": "yes: as it is where its class has such blocks, else after `import secateur` "

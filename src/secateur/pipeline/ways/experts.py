@@ -3,6 +3,7 @@ block."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from secateur.anatomy.model import Block as AnatomyBlock
 from secateur.anatomy.router import RouterRules, router_rules
 from secateur.calibration.driver import OpenBlock
 from secateur.core.errors import InputError, RecipeError
+from secateur.core.goal import Goal
 from secateur.core.statistics import ROUTED, RoutingStatistics
 from secateur.experts.allocation import allocate
 from secateur.experts.base import ExpertMethod, ExpertProblem, Survivors, expert_problem
 from secateur.pipeline.matrices import generator_for
 from secateur.pipeline.opened import Opened
-from secateur.pipeline.plans.result import Result
+from secateur.pipeline.plans.result import Result, element_bytes
 from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.state import SCORES, UNEQUAL, Outcome, Run
 from secateur.pipeline.ways.unit_scores import NO_SCORES, origin_of, read_scores, scores_file
@@ -33,8 +35,8 @@ from secateur.report.model import Block, Layer
 
 __all__ = ["check_experts", "expert_sizes", "experts_observe", "prune_experts"]
 
-UNVISITED = "no calibration token visited {}"
-ROUTING = ("counts", "coactivation", "probabilities", "gates", "norms", "means")
+KEPT = "experts.json"
+ROUTING = ("counts", "coactivation", "probabilities", "gates", "norms", "means", "losses")
 PLANNED = frozenset({"spread", "min_keep"})
 """Options that say what is made of scores."""
 
@@ -48,6 +50,8 @@ def check_experts(opened: Opened, method: ExpertMethod, recipe: Recipe) -> None:
         InputError: scores of another model or method.
     """
     _ = _planned(opened, method, recipe).config_updates
+    groups = _rules(opened, method).groups
+    method.check([mixture.count // groups for mixture in _mixtures(opened).values()])
     if recipe.scores is not None:
         _given(opened, method, Path(recipe.scores))
 
@@ -57,15 +61,69 @@ def expert_sizes(opened: Opened, method: ExpertMethod, recipe: Recipe) -> FileSi
     result = _planned(opened, method, recipe)
     counts = {mixture.count for mixture in _mixtures(opened).values()}
     exact = method.spread == "uniform" or len(counts) == 1
-    return FileSizes(recipe.resolved_sparsity, result.parameters, result.nbytes, exact)
+    return FileSizes(_requested(opened, recipe, result), result.parameters, result.nbytes, exact)
 
 
 def _planned(opened: Opened, method: ExpertMethod, recipe: Recipe) -> Result:
     """As if all experts were alike. Raises as `check_experts`."""
-    mixtures, rules = _mixtures(opened), _rules(opened, method)
-    alike = [torch.zeros(mixture.count) for mixture in mixtures.values()]
-    kept = allocate(alike, rules, recipe.resolved_sparsity, method)
-    return _result(opened, dict(zip(mixtures, kept, strict=True)))
+    alike = {f"{index}.experts": torch.zeros(own.count) for index, own in _mixtures(opened).items()}
+    return _result(opened, _kept(opened, method, recipe, alike))
+
+
+def _kept(
+    opened: Opened, method: ExpertMethod, recipe: Recipe, found: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
+    """Of each block with experts those that stay, by their scores."""
+    mixtures, goal = _mixtures(opened), _goal(opened, method, recipe)
+    rules, sparsity = _rules(opened, method), 0.0 if goal else recipe.resolved_sparsity
+    scores = [found[f"{index}.experts"] for index in mixtures]
+    return dict(zip(mixtures, allocate(scores, rules, sparsity, method, goal=goal), strict=True))
+
+
+def _goal(opened: Opened, method: ExpertMethod, recipe: Recipe) -> Goal | None:
+    """The budget of the recipe as a limit on the whole model."""
+    target = recipe.target
+    if target is None:
+        return None
+    if target.kind == "decode":
+        raise RecipeError(
+            f"budget {recipe.budget} with method {method.id!r}: a token visits as many experts as before and "
+            "takes as long",
+            "a size",
+            "give --budget bytes=... or parameters=...",
+        )
+    checkpoint, in_bytes = opened.checkpoint, target.kind == "bytes"
+    dense = checkpoint.dense_nbytes if in_bytes else checkpoint.parameters
+    mixtures = _mixtures(opened)
+    counts = [mixture.count for mixture in mixtures.values()]
+    each = [_one(opened, index, mixture, in_bytes=in_bytes) for index, mixture in mixtures.items()]
+    goal = Goal.linear(target.kind, target.of(dense), dense, counts, each)
+    goal.require_below(dense, recipe.budget)
+    return goal
+
+
+def _one(opened: Opened, index: int, mixture: Mixture, *, in_bytes: bool = False) -> int:
+    """Parameters, or bytes in the files, of one expert with its row of the router."""
+    weights = element_bytes(opened, index) if in_bytes else None
+    return space_parameters(opened.anatomy.blocks[index], {mixture.space: 1}, weights)
+
+
+def _requested(opened: Opened, recipe: Recipe, result: Result) -> float:
+    """The fraction of the experts that was asked for; of a budget the one that it came to."""
+    return _gone(opened, result) if recipe.budget else recipe.resolved_sparsity
+
+
+def _gone(opened: Opened, result: Result) -> float:
+    """Fraction of the experts."""
+    before, after = _counts(opened, result)
+    return 1 - after / before
+
+
+def _counts(opened: Opened, result: Result) -> tuple[int, int]:
+    """Experts before and after."""
+    mixtures = _mixtures(opened)
+    left = sum(result.sizes[index][mixture.space] for index, mixture in mixtures.items())
+    return sum(mixture.count for mixture in mixtures.values()), left
 
 
 def experts_observe(method: ExpertMethod, recipe: Recipe) -> bool:
@@ -80,29 +138,41 @@ def prune_experts(run: Run, method: ExpertMethod) -> Outcome:
         found = _given(opened, method, Path(recipe.scores))
     else:
         found = run.remembered(lambda: _watched(run, method))
-    mixtures, rules = _mixtures(opened), _rules(opened, method)
-    scores = [found[f"{index}.experts"] for index in mixtures]
-    kept = dict(zip(mixtures, allocate(scores, rules, recipe.resolved_sparsity, method), strict=True))
-    writer = _Writer(run, method, found, rules, _result(opened, kept))
+    kept = _kept(opened, method, recipe, found)
+    result = _result(opened, kept)
+    writer = _Writer(run, method, found, _rules(opened, method), result)
     records = writer.write(kept)
-    total, left = sum(mixture.count for mixture in mixtures.values()), sum(map(len, kept.values()))
-    stock = writer.result.stock
     return Outcome(
         layers=[Layer.model_validate(record["layer"]) for record in records if record["layer"]],
         blocks=[Block.model_validate(record["block"]) for record in records],
-        sparsity=1 - left / total,
-        config_updates=writer.result.config_updates,
+        sparsity=_gone(opened, result),
+        requested=_requested(opened, recipe, result),
+        config_updates=result.config_updates,
         dropped=writer.dropped(),
-        files={SCORES: scores_file(found, _origin(opened, method))},
-        warnings=[*([] if stock else [UNEQUAL]), *_unvisited(found, mixtures)],
-        structure={
-            "units_before": {"experts": total},
-            "units_after": {"experts": left},
-            "stock": stock,
-            "parameters": writer.result.parameters,
-            "bytes": writer.result.nbytes,
-        },
+        files={SCORES: scores_file(found, _origin(opened, method)), KEPT: _kept_file(method, records)},
+        warnings=[*([] if result.stock else [UNEQUAL]), *_unvisited(found, _mixtures(opened))],
+        structure=_facts(opened, method, recipe, result),
     )
+
+
+def _facts(opened: Opened, method: ExpertMethod, recipe: Recipe, result: Result) -> dict[str, Any]:
+    before, after = _counts(opened, result)
+    goal = _goal(opened, method, recipe)
+    counts = [mixture.count for mixture in _mixtures(opened).values()]
+    planned = {"parameters": result.parameters, "bytes": result.nbytes}
+    return {
+        "units_before": {"experts": before},
+        "units_after": {"experts": after},
+        "stock": result.stock,
+        "budget": goal.facts(planned[goal.unit], counts) if goal else None,
+        **planned,
+    }
+
+
+def _kept_file(method: ExpertMethod, records: Sequence[Mapping[str, Any]]) -> str:
+    """The content of `experts.json`."""
+    blocks = {record["block"]["block"]: record["experts"] for record in records if record["experts"]}
+    return json.dumps({"version": 1, "method": method.id, "blocks": blocks}) + "\n"
 
 
 def _mixtures(opened: Opened) -> dict[int, Mixture]:
@@ -263,9 +333,9 @@ class _Writer:
         opened, started = self.run.opened, time.perf_counter()
         names = opened.layout.block_names(index)
         whole = opened.layout.assemble(index, opened.checkpoint.read(names))
-        smaller, layer = self._cut(index, whole, kept)
+        smaller, done_to = self._cut(index, whole, kept)
         row = Block(block=index, seconds=round(time.perf_counter() - started, 4))
-        record = {"layer": layer, "block": row.model_dump(mode="json")}
+        record = {**done_to, "block": row.model_dump(mode="json")}
         self.run.keep(index, layout.disassemble(index, smaller), record)
         return record
 
@@ -280,18 +350,23 @@ class _Writer:
 
     def _cut(
         self, index: int, whole: dict[str, Tensor], kept: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The block without what goes, and the record of its experts."""
         block = self.run.opened.anatomy.blocks[index]
         mixture = mixture_of(block)
         if kept is None or mixture is None:
-            return whole, None
+            return whole, {"layer": None, "experts": None}
         name = f"{index}.experts"
         routing = _as_routing(name, self.found)
         problem = _problem(self.run, self.rules, block, whole, routing)
         survivors = _survivors(self.method, problem, kept, self.rules)
         stays = {mixture.space: survivors.kept}
         smaller = cut_block(block, whole, stays) | _mixed(mixture, survivors, whole, block.axes)
-        return smaller, self._row(index, mixture, survivors).model_dump(mode="json")
+        stands = {"kept": survivors.kept.tolist()}
+        if survivors.clusters:
+            stands["clusters"] = [list(cluster) for cluster in survivors.clusters]
+        layer = self._row(index, mixture, survivors).model_dump(mode="json")
+        return smaller, {"layer": layer, "experts": stands}
 
     def _row(self, index: int, mixture: Mixture, survivors: Survivors) -> Layer:
         counts = self.found.get(f"{index}.experts.counts")
@@ -302,8 +377,8 @@ class _Writer:
             block=index,
             matrix="experts",
             rows=mixture.count,
-            columns=space_parameters(self.run.opened.anatomy.blocks[index], {mixture.space: 1}),
-            sparsity_requested=self.run.recipe.resolved_sparsity,
+            columns=_one(self.run.opened, index, mixture),
+            sparsity_requested=_requested(self.run.opened, self.run.recipe, self.result),
             sparsity=1 - len(survivors.kept) / mixture.count,
             notes=notes,
         )

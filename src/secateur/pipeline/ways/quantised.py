@@ -29,7 +29,7 @@ from secateur.quantise.experts import rounded_stack
 from secateur.quantise.gptq import Quantised, gptq, round_to_nearest
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer, Precision
-from secateur.storage.low_bit import packed
+from secateur.storage.low_bit import packed, packed_stack
 from secateur.weights.losses import reconstruction_loss
 
 __all__ = ["BITS", "check_quantised", "prune_quantised", "quantised_observes"]
@@ -44,7 +44,7 @@ def check_quantised(opened: Opened, method: PrecisionMethod, recipe: Recipe) -> 
 
     Raises:
         RecipeError: a model without experts, or bits out of reach.
-        AnatomyError: matrices that are stored otherwise than as whole rows.
+        AnatomyError: matrices that are stored otherwise than as whole rows, or stacked.
     """
     rooms = _rooms(opened)
     if not rooms and not method.other_bits:
@@ -164,18 +164,29 @@ def _all_rounded(
     return make
 
 
+def _stack(opened: Opened, index: int, matrix: Matrix) -> Piece | None:
+    """The tensor that holds a matrix with those of other experts, or transposed; None where rows are its
+    own."""
+    pieces = opened.layout.pieces(index, matrix.parameter)
+    alone = matrix.expert is None and not matrix.transposed
+    return pieces[0] if len(pieces) == 1 and pieces[0].expert is None and not alone else None
+
+
 def _pieces(opened: Opened, index: int, matrix: Matrix) -> list[Piece]:
     """What a matrix is stored as: tensors of whole rows.
 
     Raises:
-        AnatomyError: several experts in one tensor, or a transposed matrix.
+        AnatomyError: matrices that are stored in another way, but those of a `_stack`.
     """
+    stack = _stack(opened, index, matrix)
+    if stack is not None and stack.shape[-2:] == (matrix.shape[::-1] if matrix.transposed else matrix.shape):
+        return [stack]
     pieces = opened.layout.pieces_of(index, matrix)
     rows = sum(piece.shape[0] for piece in pieces if piece.shape[1:] == matrix.shape[1:])
     if matrix.transposed or rows != matrix.shape[0] or len({len(piece.shape) for piece in pieces}) != 1:
         raise AnatomyError(
             f"{index}.{matrix.name} is not stored as rows of its own",
-            "matrices stored one by one as (outputs, inputs)",
+            "matrices stored one by one as (outputs, inputs), or stacked in one tensor",
             f"{opened.anatomy.family} cannot be stored in few bits",
         )
     return pieces
@@ -208,20 +219,32 @@ class _Rounder:
         started = time.perf_counter()
         needs = self.method.statistics - self.method.needs
         observed = opened.observe(needs) if needs else {}
-        small: dict[str, Packed] = {}
+        small: dict[str, list[Packed]] = {}
         rows = []
         for matrix in opened.block.matrices:
             if bits := self._bits_of(opened.index, matrix):
                 row, own = self._matrix(opened, matrix, bits, statistics_of(matrix, observed))
                 rows.append(row.model_dump(mode="json"))
-                small |= own
+                for name, one in own.items():
+                    small.setdefault(name, []).append(one)
         observed.clear()
         stored, _ = self.run.as_stored(opened)
         loss = opened.finish()
         block = Block(block=opened.index, loss=loss, seconds=round(time.perf_counter() - started, 4))
         record = {"layers": rows, "block": block.model_dump(mode="json")}
-        self.run.keep(opened.index, {name: small.get(name, one) for name, one in stored.items()}, record)
+        tensors: dict[str, Tensor | Packed] = dict(stored)
+        self.run.keep(opened.index, tensors | self._joined(opened, small), record)
         return record
+
+    def _joined(self, opened: OpenBlock, small: Mapping[str, list[Packed]]) -> dict[str, Packed]:
+        """By name on disk; matrices that share a tensor become one."""
+        found = {name: own[0] for name, own in small.items()}
+        for matrix in opened.block.matrices:
+            stack = _stack(self.run.opened, opened.index, matrix)
+            if stack is not None and matrix.expert in (0, None) and stack.name in small:
+                own = small[stack.name]
+                found[stack.name] = packed_stack(own, stack.shape, transposed=matrix.transposed)
+        return found
 
     def _bits_of(self, index: int, matrix: Matrix) -> int:
         if matrix.expert is not None:

@@ -61,7 +61,7 @@ class _Way(NamedTuple):
         prune: `prune(run, method)` writes all blocks.
         observes: `observes(method, recipe)`: whether that looks at calibration text.
         sizes: `sizes(opened, method, recipe)`: of the files, where they are known or can be foretold.
-        budgets: it comes down to budgets and follows plans; the others take a sparsity.
+        amounts: what may say how much goes in place of a sparsity: `budget`, `plan`.
     """
 
     base: type[Method]
@@ -69,19 +69,19 @@ class _Way(NamedTuple):
     prune: Callable[[Run, Any], Outcome]
     observes: Callable[[Any, Recipe], bool] = lambda method, recipe: True
     sizes: Callable[[Opened, Any, Recipe], FileSizes | None] = lambda opened, method, recipe: None
-    budgets: bool = False
+    amounts: tuple[str, ...] = ()
 
 
 WAYS = (
     _Way(WeightMethod, check_weights, prune_weights, weights_observe),
     _Way(SearchMethod, check_search, prune_search),
-    _Way(StructureMethod, check_structure, prune_structure, structure_observes, budgets=True),
+    _Way(StructureMethod, check_structure, prune_structure, structure_observes, amounts=("budget", "plan")),
     _Way(AdaptiveMethod, check_adaptive, prune_adaptive, sizes=adaptive_sizes),
     _Way(DepthMethod, check_depth, prune_depth, sizes=depth_sizes),
     _Way(PieceMethod, check_pieces, prune_pieces),
     _Way(WidthMethod, check_width, prune_width, sizes=width_sizes),
     _Way(SliceMethod, check_slices, prune_slices, sizes=slice_sizes),
-    _Way(ExpertMethod, check_experts, prune_experts, experts_observe, sizes=expert_sizes),
+    _Way(ExpertMethod, check_experts, prune_experts, experts_observe, expert_sizes, amounts=("budget",)),
     _Way(PrecisionMethod, check_quantised, prune_quantised, quantised_observes),
 )
 """The first whose base class a method has is its way."""
@@ -96,7 +96,7 @@ def checked_method(opened: Opened, recipe: Recipe) -> Method:
     method: Method = METHODS.get(recipe.method).from_options(recipe.options)
     way = _way(method)
     asked = "budget" if recipe.budget is not None else "plan"
-    if getattr(recipe, asked) is not None and not way.budgets:
+    if getattr(recipe, asked) is not None and asked not in way.amounts:
         raise RecipeError(
             f"a {asked} with method {method.id!r}, which removes {method.removes}",
             "a method that removes heads and channels, such as flap",
