@@ -30,6 +30,7 @@ from secateur.pipeline.plans.result import Result, element_bytes
 from secateur.pipeline.plans.sizes import FileSizes
 from secateur.pipeline.state import SCORES, UNEQUAL, Outcome, Run
 from secateur.pipeline.ways.unit_scores import NO_SCORES, origin_of, read_scores, scores_file
+from secateur.pipeline.ways.unvisited import unvisited
 from secateur.recipe import Recipe
 from secateur.report.model import Block, Layer
 
@@ -150,7 +151,7 @@ def prune_experts(run: Run, method: ExpertMethod) -> Outcome:
         config_updates=result.config_updates,
         dropped=writer.dropped(),
         files={SCORES: scores_file(found, _origin(opened, method)), KEPT: _kept_file(method, records)},
-        warnings=[*([] if result.stock else [UNEQUAL]), *_unvisited(found, _mixtures(opened))],
+        warnings=[*([] if result.stock else [UNEQUAL]), *unvisited(_visits(opened, found), "they go first.")],
         structure=_facts(opened, method, recipe, result),
     )
 
@@ -399,12 +400,7 @@ def _mixed(
     return made
 
 
-def _unvisited(found: Mapping[str, Tensor], mixtures: Mapping[int, Mixture]) -> list[str]:
-    """Experts that no calibration token reached, one sentence in all."""
-    never = {
-        index: (found[f"{index}.experts.counts"] == 0).nonzero().flatten().tolist()
-        for index in mixtures
-        if f"{index}.experts.counts" in found
-    }
-    named = [f"{', '.join(map(str, own))} of block {index}" for index, own in never.items() if own]
-    return [f"No calibration token visited experts {'; '.join(named)}: they go first."] if named else []
+def _visits(opened: Opened, found: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Tokens that visited each expert, by block, where that was seen."""
+    names = {index: f"{index}.experts.counts" for index in _mixtures(opened)}
+    return {index: found[name] for index, name in names.items() if name in found}

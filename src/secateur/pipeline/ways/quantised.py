@@ -25,6 +25,7 @@ from secateur.experts.precision import PrecisionMethod, Rounding
 from secateur.pipeline.matrices import LOSS_ROWS, statistics_of
 from secateur.pipeline.opened import Opened
 from secateur.pipeline.state import Outcome, Run
+from secateur.pipeline.ways.unvisited import unvisited
 from secateur.quantise.experts import rounded_stack
 from secateur.quantise.gptq import Quantised, gptq, round_to_nearest
 from secateur.recipe import Recipe
@@ -341,13 +342,8 @@ def _online(found: Mapping[str, Tensor]) -> OnlinePlan:
 
 
 def _warnings(rooms: list[Rounding]) -> list[str]:
-    """The experts that no token visited."""
-    found = []
-    for room in rooms:
-        if room.visits is not None and (empty := (room.visits == 0).nonzero().flatten().tolist()):
-            names = ", ".join(map(str, empty))
-            found.append(
-                f"No calibration token visited expert {names} of block {room.block}: it costs nothing at any "
-                "bits, so it took the lowest that the floors leave, rounded to the nearest."
-            )
-    return found
+    seen = {room.block: room.visits for room in rooms if room.visits is not None}
+    return unvisited(
+        seen,
+        "they cost nothing at any bits, so they took the lowest that the floors leave, rounded to the nearest.",
+    )
