@@ -128,7 +128,8 @@ def test_a_run_writes_factors_that_load_and_export(pattern: str, tmp_path: Path)
     dense, small = load(tmp_path / "out", "dense"), load(tmp_path / "out", "packed")
     assert any(isinstance(module, PackedLinear) for module in small.modules())
     with torch.no_grad():
-        torch.testing.assert_close(small(IDS).logits, dense(IDS).logits, rtol=2e-3, atol=2e-3)
+        # the dense product is rounded to float16, the factors one by one
+        torch.testing.assert_close(small(IDS).logits, dense(IDS).logits, rtol=2e-3, atol=5e-3)
     secateur.export(tmp_path / "out", tmp_path / "plain", format="dense")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     for name, tensor in plain.state_dict().items():

@@ -111,7 +111,7 @@ def test_bench_says_what_computes(text: Path, tmp_path: Path) -> None:
     quick = {"prompt_tokens": 8, "new_tokens": 2, "repeats": 1}
     dense = secateur.bench(out, against=tmp_path / "model", **quick)
     packed = secateur.bench(out, against=tmp_path / "model", packed=True, **quick)
-    assert dense["kernel"] is None, "packed only where a compiled kernel computes"
+    assert dense["kernel"].startswith("none, loaded dense")
     assert "from the bytes" in packed["kernel"]
     assert packed["weight_bytes"] < 0.5 * dense["weight_bytes"] == 0.5 * packed["weight_bytes_against"]
     for result in (dense, packed):

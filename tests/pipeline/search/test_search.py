@@ -210,7 +210,7 @@ def test_bad_requests_are_refused_before_anything_is_written(model: Path, tmp_pa
     with pytest.raises(RecipeError, match="spread='global'"):
         prune(model, out, options={"spread": "global"})
     with pytest.raises(AnatomyError, match="targets=ffn"):
-        prune(save_tiny("gpt2", tmp_path / "gpt2"), out, calibration={"source": "x.txt"})
+        prune(save_tiny("olmo2", tmp_path / "olmo2"), out, calibration={"source": "x.txt"})
     assert not out.exists()
 
 

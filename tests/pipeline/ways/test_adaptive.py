@@ -245,7 +245,7 @@ def test_bad_requests_are_refused_before_anything_is_written(model: Path, tmp_pa
     ):
         with pytest.raises(RecipeError, match=reason):
             prune(model, tmp_path / "out", **settings)
-    gpt2 = save_tiny("gpt2", tmp_path / "gpt2")
+    one_norm = save_tiny("olmo2", tmp_path / "olmo2")
     with pytest.raises(AnatomyError, match="targets=ffn"):
-        prune(gpt2, tmp_path / "out")
+        prune(one_norm, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -273,9 +273,9 @@ def test_later_blocks_are_rounded_for_what_the_rounded_ones_give(text: Path, tmp
     windows = load_windows(str(text), tokenizer=AutoTokenizer.from_pretrained(source), samples=6, length=24)
     for opened in Driver(MemorySource(half), windows).blocks():
         observed = opened.observe({"hessian"})
+        matrix = next(m for m in opened.block.matrices if m.name == "self_attn.q_proj")
+        weight = matrix.view(opened.parameters)
         opened.finish()
-    matrix = next(m for m in opened.block.matrices if m.name == "self_attn.q_proj")
-    weight = matrix.view(opened.parameters)
     expected = gptq(weight, observed[matrix.input][0], 4, group=32, steps=5).weight
     row = next(row for row in report.layers if row.block == 1 and row.matrix == matrix.name)
     assert row.loss == pytest.approx(
