@@ -22,8 +22,6 @@ from tables import write_table
 
 from secateur.report.model import Report
 
-BUDGETS = (0.2, 0.35, 0.5)
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = protocol_parser(__doc__)
@@ -31,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=240_000)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 5, 10])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.35, 0.5])
     parser.add_argument("--distil", action="store_true", help="the dense model teaches")
     return parser.parse_args()
 
@@ -74,7 +73,7 @@ def main() -> None:
     arguments = parse_arguments()
     protocol = Protocol(arguments)
     rows = [
-        [str(turns), *(cell(arguments, protocol, turns, sparsity) for sparsity in BUDGETS)]
+        [str(turns), *(cell(arguments, protocol, turns, sparsity) for sparsity in arguments.budgets)]
         for turns in arguments.turns
     ]
     teacher = "distilled from the dense model" if arguments.distil else "on the next token alone"
@@ -83,7 +82,7 @@ def main() -> None:
         f"learning rate {arguments.learning_rate}. Sparsity is of the parameters in blocks."
     )
     name = f"{arguments.method} in turns of pruning and training: {Path(protocol.model).name}"
-    heads = ["turns", *(f"{sparsity:.0%}" for sparsity in BUDGETS)]
+    heads = ["turns", *(f"{sparsity:.0%}" for sparsity in arguments.budgets)]
     write_table(name, heads, rows, notes=notes, out=arguments.out)
 
 
