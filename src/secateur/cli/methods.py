@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from itertools import groupby
+from operator import itemgetter
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,7 +14,8 @@ from secateur.cli.common import AsJson, print_json, show
 def methods(
     name: Annotated[str | None, Parameter(help="show one method whole")] = None, /, *, json: AsJson = False
 ) -> None:
-    """List the methods and allocations: what each removes, what it observes, its options and its paper."""
+    """List the methods and allocations by family: what each observes and removes; of one also its paper and
+    options."""
     from rich.table import Table
 
     import secateur
@@ -22,16 +25,12 @@ def methods(
         print_json({"methods": entries})
         return
     if name is None:
-        table = Table("id", "family", "removes", "observes", "paper", box=None, header_style="bold")
-        for entry in entries:
-            table.add_row(
-                entry["id"],
-                entry["family"],
-                entry["removes"],
-                ", ".join(entry["statistics"]) or "nothing",
-                entry["paper"],
-            )
-        show(table, "\n[dim]secateur methods NAME shows options and what to expect[/dim]")
+        table = Table("id", "observes", "removes", box=None, header_style="bold")
+        for family, own in groupby(sorted(entries, key=_order), key=itemgetter("family")):
+            table.add_row(f"[bold]{family}[/bold]")
+            for entry in own:
+                table.add_row(entry["id"], ", ".join(entry["statistics"]) or "nothing", entry["removes"])
+        show(table, "\n[dim]secateur methods NAME shows paper, options and what to expect[/dim]")
         return
     for entry in entries:
         options = Table("option", "type", "default", "meaning", box=None, header_style="bold")
@@ -48,3 +47,7 @@ def methods(
         show(f"effect: {entry['effect']}")
         if entry["options"]:
             show(options)
+
+
+def _order(entry: dict[str, Any]) -> tuple[str, str]:
+    return entry["family"], entry["id"]
