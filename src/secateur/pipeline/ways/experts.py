@@ -151,7 +151,7 @@ def prune_experts(run: Run, method: ExpertMethod) -> Outcome:
         config_updates=result.config_updates,
         dropped=writer.dropped(),
         files={SCORES: scores_file(found, _origin(opened, method)), KEPT: _kept_file(method, records)},
-        warnings=[*([] if result.stock else [UNEQUAL]), *unvisited(_visits(opened, found), "they go first.")],
+        warnings=[*([] if result.stock else [UNEQUAL]), *unvisited(_visits(opened, found), "first to go.")],
         structure=_facts(opened, method, recipe, result),
     )
 

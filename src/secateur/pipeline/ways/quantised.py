@@ -343,5 +343,5 @@ def _online(found: Mapping[str, Tensor]) -> OnlinePlan:
 
 def _warnings(rooms: list[Rounding]) -> list[str]:
     seen = {room.block: room.visits for room in rooms if room.visits is not None}
-    so = "they cost nothing at any bits and took the lowest that the floors leave, rounded to the nearest."
+    so = "no bits cost anything, so the lowest that the floors leave, rounded to the nearest."
     return unvisited(seen, so)

@@ -19,8 +19,8 @@ def unvisited(counts: Mapping[int, Tensor], so: str) -> list[str]:
         so: what became of them, the end of the sentence.
 
     >>> import torch
-    >>> unvisited({0: torch.tensor([3, 0]), 1: torch.tensor([1, 2])}, "they go first.")
-    ['No calibration token visited experts 1 of block 0: they go first.']
+    >>> unvisited({0: torch.tensor([3, 0]), 1: torch.tensor([1, 2])}, "first to go.")
+    ['No calibration token visited expert 1 of block 0: first to go.']
     """
     never = {index: (own == 0).nonzero().flatten().tolist() for index, own in counts.items()}
     total = sum(map(len, never.values()))
