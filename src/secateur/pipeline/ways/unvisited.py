@@ -30,7 +30,8 @@ def unvisited(counts: Mapping[int, Tensor], so: str) -> list[str]:
         named = "; ".join(
             f"{', '.join(map(str, own))} of block {index}" for index, own in never.items() if own
         )
-        return [f"No calibration token visited experts {named}: {so}"]
+        noun = "expert" if total == 1 else "experts"
+        return [f"No calibration token visited {noun} {named}: {so}"]
     worst = max(never, key=lambda index: len(never[index]))
     every = sum(len(own) for own in counts.values())
     return [
