@@ -25,7 +25,7 @@ from secateur.checkpoint.packing import Packed
 from secateur.core.factored import Factored
 from secateur.core.pattern import Pattern
 from secateur.storage.armor import packed as factors
-from secateur.storage.kernels import kernel_of
+from secateur.storage.kernel_facts import kernel_of
 from secateur.storage.packed_linear import PackedLinear
 
 SHAPES = {

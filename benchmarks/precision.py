@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import secateur
 from secateur.calibration.windows import Windows, load_windows
 from secateur.experts.online import OnlinePlan
-from secateur.storage.kernels import weight_bytes
+from secateur.storage.kernel_facts import weight_bytes
 from secateur.storage.quantizer import SecateurQuantizationConfig
 
 PLANS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -17,7 +17,7 @@ from secateur.pipeline.opened import open_model
 from secateur.report.model import Report
 from secateur.report.verdict import rows, verdict
 from secateur.runtime import build
-from secateur.storage import kernels
+from secateur.storage import kernel_facts, kernels
 from secateur.storage.packed_linear import PackedLinear, unpack_and_multiply
 
 CPU = torch.device("cpu")
@@ -37,8 +37,9 @@ def tiny(family: str, tmp_path: Path, dtype: torch.dtype = torch.bfloat16, **set
 
 @pytest.fixture
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "library", lambda: None)
-    monkeypatch.setattr(kernels, "why_missing", lambda: "no C++ compiler (g++, or name one in CXX)")
+    for room in (kernels, kernel_facts):
+        monkeypatch.setattr(room, "library", lambda: None)
+    monkeypatch.setattr(kernel_facts, "why_missing", lambda: "no C++ compiler (g++, or name one in CXX)")
 
 
 def test_a_run_times_packed_files_kept_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +107,7 @@ def test_weights_that_the_kernel_does_not_take(
     family: str, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     opened = tiny(family, tmp_path, dtype, **settings)
-    assert why_unpacked(opened, torch.float32, CPU) == kernels.TAKEN
+    assert why_unpacked(opened, torch.float32, CPU) == kernel_facts.TAKEN
 
 
 @pytest.mark.parametrize(("family", "format"), [("llama", "bitmask"), ("llama", "nm"), ("gpt2", "nm")])
@@ -116,7 +117,7 @@ def test_weights_that_it_takes(family: str, format: str, tmp_path: Path) -> None
     opened = tiny(family, tmp_path, format=format, pattern="2:4")
     for dtype in (torch.float32, torch.bfloat16):
         assert why_unpacked(opened, dtype, CPU) is None
-    assert why_unpacked(opened, torch.float16, CPU) == kernels.TAKEN
+    assert why_unpacked(opened, torch.float16, CPU) == kernel_facts.TAKEN
     loaded = load_fastest(opened, torch.float32, CPU)
     linears = [module for module in loaded.model.modules() if isinstance(module, PackedLinear)]
     assert len(linears) == len(opened.checkpoint.formats)
@@ -137,14 +138,14 @@ def test_a_kernel_of_another_package_is_trusted(tmp_path: Path, monkeypatch: pyt
     assert load_fastest(opened, torch.float32, CPU).words == "packed (that of bitmask)"
     monkeypatch.delitem(kernels.KERNELS, "bitmask")
     model = opened.load(torch.float32, CPU, packed=True)
-    assert kernels.kernel_of(model) == "none, bitmask is unpacked for every product"
+    assert kernel_facts.kernel_of(model) == "none, bitmask is unpacked for every product"
 
 
 def test_factors_save_memory_and_no_time(tmp_path: Path) -> None:
     options = {"block": 8, "iterations": 1, "store": "factors"}
     opened = tiny("llama", tmp_path, torch.float16, method="armor", pattern="2:4", options=options)
-    assert why_unpacked(opened, torch.float32, CPU) == kernels.TAKEN
-    assert kernels.kernel_of(opened.load(torch.float32, CPU, packed=True)) == "that of armor"
+    assert why_unpacked(opened, torch.float32, CPU) == kernel_facts.TAKEN
+    assert kernel_facts.kernel_of(opened.load(torch.float32, CPU, packed=True)) == "that of armor"
 
 
 def test_routed_experts_are_unpacked_for_every_product(tmp_path: Path) -> None:

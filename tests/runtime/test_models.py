@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.storage import kernels
+from secateur.storage import kernel_facts, kernels
 from secateur.storage.packed_linear import PackedLinear
 
 from .matrices import kernel_or_skip, linear_of, sparse, two_of_four
@@ -103,6 +103,6 @@ def test_what_a_model_takes() -> None:
     model = torch.nn.Sequential(layer, torch.nn.Linear(40, 4, bias=False))
     model.append(model[1])
     assert isinstance(layer, PackedLinear)
-    assert kernels.weight_bytes(model) == layer.packed_bytes + 40 * 4 * 4
-    assert kernels.kernel_of(model[1]) is None
-    assert kernels.kernel_of(model) is not None
+    assert kernel_facts.weight_bytes(model) == layer.packed_bytes + 40 * 4 * 4
+    assert kernel_facts.kernel_of(model[1]) is None
+    assert kernel_facts.kernel_of(model) is not None

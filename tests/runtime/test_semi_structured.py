@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.runtime import semi_structured
 from secateur.runtime.semi_structured import Choices, convert, fits
-from secateur.storage import kernels
+from secateur.storage import kernel_facts, kernels
 
 from .matrices import linear_of, two_of_four
 
@@ -139,11 +139,11 @@ def test_a_layer(sparse: float, quicker: bool, as_on_a_device: None, monkeypatch
         expected = torch.nn.functional.linear(inputs.float(), WEIGHT.float(), layer.bias.float())
         torch.testing.assert_close(layer(inputs).float(), expected, rtol=0.02, atol=0.05)
     assert bool(compiled) != quicker
-    told = kernels.kernel_of(layer)
+    told = kernel_facts.kernel_of(layer)
     assert told is not None
     assert ("64 x 128 semi-structured" in told) == quicker
     other = linear_of(two_of_four(8, 64, torch.bfloat16), "nm")  # of a shape that was not asked
-    told = kernels.kernel_of(torch.nn.Sequential(layer, other))
+    told = kernel_facts.kernel_of(torch.nn.Sequential(layer, other))
     assert told is not None
     assert told.split("; ")[1].startswith(("compiled", "none, packed weights are unpacked"))
 

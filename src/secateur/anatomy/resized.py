@@ -14,13 +14,10 @@ from secateur.anatomy.model import Anatomy, Shape
 from secateur.anatomy.skeleton import build_meta
 from secateur.anatomy.sliced import OUTPUT_KEY, STREAM_KEY
 from secateur.core.errors import AnatomyError
-from secateur.loading import MODEL_TYPE, REMOTE_CODE
+from secateur.loading import HEAD_SIZE, MODEL_TYPE, OWN_HEADS, REMOTE_CODE
 
-__all__ = ["HEAD_SIZE", "OWN_HEADS", "fixed_heads", "is_stock", "own_class", "resized_config"]
+__all__ = ["fixed_heads", "is_stock", "own_class", "resized_config"]
 
-OWN_HEADS, HEAD_SIZE = "own_heads", "head_size"
-"""Keys of models whose class derives the width of a head (see `Family.square_attention`): what the loading
-code has to know of their attention, and the width of a head."""
 Sizes = Mapping[str, int]
 """By space, its size in one block."""
 

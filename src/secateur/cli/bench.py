@@ -21,7 +21,7 @@ def bench(
     repeats: Annotated[int, Parameter(help="counted repeats")] = 5,
     packed: Annotated[
         bool | None,
-        Parameter(help="keep packed weights packed in memory; by default where a compiled kernel is"),
+        Parameter(help="keep weights packed in memory; by default where a kernel computes from most of them"),
     ] = None,
     device: Device = "auto",
     dtype: DTypeName = "auto",

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.anatomy.model import Anatomy
-from secateur.anatomy.resized import HEAD_SIZE, OWN_HEADS, is_stock
+from secateur.anatomy.resized import is_stock
 from secateur.anatomy.resolve import resolve_config
 from secateur.anatomy.sliced import FLAG
 from secateur.core.errors import AnatomyError, ExportError
 from secateur.formats.fit import SLICED
+from secateur.loading import HEAD_SIZE, OWN_HEADS
 
 __all__ = ["ADDED", "uniform"]
 

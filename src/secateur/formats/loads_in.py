@@ -8,7 +8,7 @@ from typing import Any
 from secateur.core.errors import InputError
 from secateur.formats.fit import fit
 from secateur.formats.form import Form
-from secateur.loading import CODE, MODEL_TYPE, PACKED_CODE
+from secateur.loading import CODE, MODEL_TYPE, OWN_HEADS, PACKED_CODE
 
 __all__ = ["loads_in"]
 
@@ -61,7 +61,7 @@ def _vllm(config: Mapping[str, Any], form: Form | None) -> str:
             return f"no: each half of a block has a basis of its own ({NOT_TRIED})"
         why = "blocks differ in size"
         if form is not None and form.even:
-            own = bool(config.get("own_heads"))
+            own = bool(config.get(OWN_HEADS))
             why = "fewer heads than its class can have" if own else "biases that its class does not have"
         return f"no: {why} (`secateur export --format dense` pads them where it can; {NOT_TRIED})"
     if form is not None and not form.square and form.family not in STATED_HEAD_DIM:

@@ -10,11 +10,22 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["CODE", "MODEL_TYPE", "PACKED_CODE", "REMOTE_CODE", "register_when_needed"]
+__all__ = [
+    "CODE",
+    "HEAD_SIZE",
+    "MODEL_TYPE",
+    "OWN_HEADS",
+    "PACKED_CODE",
+    "REMOTE_CODE",
+    "register_when_needed",
+]
 
 MODEL_TYPE = "secateur"
 REMOTE_CODE = "modeling_secateur.py"
 """The file of this room that is also written beside checkpoints whose blocks differ."""
+OWN_HEADS, HEAD_SIZE = "own_heads", "head_size"
+"""Keys of models whose class derives the width of a head: what the loading code has to know of their
+attention, and that width."""
 CODE = "after `import secateur`, or with trust_remote_code=True"
 """What loading such a model takes."""
 PACKED_CODE = "after `import secateur`"

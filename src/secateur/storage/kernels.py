@@ -8,45 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoint.safetensors_file import torch_dtype
-from secateur.checkpoint.safetensors_header import TensorInfo
-from secateur.runtime.build import library, why_missing
-from secateur.runtime.kernel import Layout, Matrix, Path, linear, path_of
+from secateur.runtime.build import library
+from secateur.runtime.kernel import Layout, Matrix, linear
 from secateur.runtime.semi_structured import Choices, fits
 from secateur.storage.bitmask import row_offsets
 from secateur.storage.low_bit_linear import low_bit_linear
 from secateur.storage.packed_linear import KERNELS, PackedLinear, unpack_and_multiply
 
-__all__ = [
-    "KERNELS",
-    "MATRICES",
-    "compiled",
-    "computes_from",
-    "groups",
-    "has_own_kernel",
-    "kernel_of",
-    "kernel_words",
-    "matrix_of",
-    "no_kernel",
-    "product",
-    "weight_bytes",
-]
+__all__ = ["KERNELS", "MATRICES", "compiled", "groups", "matrix_of", "product", "two_of_four"]
 
 STORED = (torch.bfloat16, torch.float16)
-UNPACKING = ("armor", "low-bit")
-"""Formats whose kernels save memory, not time."""
-WORDS = {"low-bit": "torch, from the bytes for few tokens at a time"}
-"""What other kernels than the compiled one are."""
-TAKEN = "the kernel takes 16-bit weights in bitmask or 2:4, computing in float32 or their own dtype"
 CHOICES = Choices()
 """Of this process, for 2:4 on CUDA devices."""
-NAMES = {
-    Path.PORTABLE: "without AVX2",
-    Path.AVX2: "AVX2",
-    Path.AVX512: "AVX-512",
-    Path.AVX512_BF16: "AVX-512 with bfloat16",
-}
-
 AsMatrix = Callable[[Mapping[str, Tensor], tuple[int, int]], Matrix | None]
 
 
@@ -94,55 +67,6 @@ def groups(packed: PackedLinear, inputs: Tensor) -> Tensor:
     return outputs.view(*inputs.shape[:-1], packed.out_features)
 
 
-def kernel_of(model: nn.Module) -> str | None:
-    """What computes from the packed weights of a model, in words; None where it has none.
-
-    On a CUDA device, and of factors, it is known once the model has run.
-    """
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    return "; ".join(sorted({_computing(layer) for layer in layers})) or None
-
-
-def kernel_words() -> str | None:
-    """The kernel of this machine in a few words; None where there is none."""
-    kernel = library()
-    return None if kernel is None else f"compiled, {NAMES[path_of(kernel)]}"
-
-
-def computes_from(info: TensorInfo, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes a packed tensor, as its header tells, in a model of this dtype."""
-    stored = torch_dtype(info.dtype)
-    if len(info.shape) != 2 or stored not in STORED or dtype not in (torch.float32, stored):
-        return False
-    if info.format not in ("nm", "nm-columns"):
-        return info.format == "bitmask"
-    columns = info.shape[1] if info.format == "nm" else info.shape[0]
-    shapes = {part.name: part.shape for part in info.parts}
-    return _two_of_four(shapes[f"{info.name}.values"], columns)
-
-
-def has_own_kernel(format: str) -> bool:
-    """Whether something else than the compiled kernel computes from a format, without unpacking all of it."""
-    return KERNELS.get(format, compiled) not in (compiled, groups) and format not in UNPACKING
-
-
-def no_kernel(device: torch.device, *, taken: bool = True) -> str | None:
-    """Why nothing computes from packed weights on a device; None where the kernel does.
-
-    Args:
-        taken: whether these are weights that the kernel takes.
-    """
-    if device.type != "cpu":
-        return "the kernel is one for CPUs"
-    return why_missing() if taken else TAKEN
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Memory of the parameters and buffers of a model, packed or not; shared ones count once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}.values())
-
-
 @dataclass(frozen=True)
 class _OnDevice:
     """A semi-structured weight, and the part that it was made of, now in the memory of the host."""
@@ -158,7 +82,7 @@ def _semi_structured(packed: PackedLinear, inputs: Tensor) -> Tensor | None:
         return None
     if isinstance(known, _OnDevice) and known.values is packed.parts["values"]:
         return known.weight
-    if not _two_of_four(packed.parts["values"].shape, shape[1]) or not fits(
+    if not two_of_four(packed.parts["values"].shape, shape[1]) or not fits(
         shape, inputs.dtype, inputs.device
     ):
         return None
@@ -169,25 +93,6 @@ def _semi_structured(packed: PackedLinear, inputs: Tensor) -> Tensor | None:
     return found
 
 
-def _computing(layer: PackedLinear) -> str:
-    device, function = layer.weight.device, KERNELS.get(layer.format)
-    if function is None:
-        return f"none, {layer.format} is unpacked for every product"
-    if layer.format == "nm":
-        told = CHOICES.told((layer.out_features, layer.in_features), layer.stored, device)
-        if told is not None:
-            return told
-    ours = function in (compiled, groups)
-    if not (ours or isinstance(layer.prepared, Matrix)):
-        return WORDS.get(layer.format, f"that of {layer.format}")
-    words = kernel_words() if device.type == "cpu" else None
-    if device.type == "cpu" and words is None:
-        return f"none, packed weights are unpacked for every product: {why_missing()}"
-    if words is None or (ours and matrix_of(layer, layer.format, layer.parts) is None):
-        return f"{layer.format} on {device} unpacked for every product"
-    return words
-
-
 def _from_bitmask(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix:
     mask = parts["mask"]
     return Matrix(shape, Layout.BITMASK, mask.contiguous(), parts["values"], row_offsets(mask))
@@ -195,7 +100,7 @@ def _from_bitmask(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix
 
 def _from_groups(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix | None:
     rows, columns = shape
-    if not _two_of_four(parts["values"].shape, columns):
+    if not two_of_four(parts["values"].shape, columns):
         return None
     offsets = torch.arange(rows + 1, dtype=torch.int64) * (columns // 2)
     return Matrix(shape, Layout.TWO_OF_FOUR, parts["indices"].contiguous(), parts["values"], offsets)
@@ -206,7 +111,7 @@ MATRICES: dict[str, AsMatrix] = {"bitmask": _from_bitmask, "nm": _from_groups}
 its products, or those of a factor that it packs, computed by the kernel (`product`)."""
 
 
-def _two_of_four(values: tuple[int, ...], columns: int) -> bool:
+def two_of_four(values: tuple[int, ...], columns: int) -> bool:
     """By the shape of the values; rows are of whole bytes."""
     return tuple(values[1:]) == (columns // 4, 2) and columns % 8 == 0
 

@@ -96,7 +96,8 @@ class Draft:
 
     def notes(self) -> list[str]:
         """What became of options, for the user."""
-        if not getattr(self.method, "uniform", False) or not _must_keep_heads(self.opened):
+        asked = isinstance(self.method, StructureMethod) and self.method.uniform
+        if not asked or not _must_keep_heads(self.opened):
             return []
         family = self.opened.anatomy.family
         if not any(map(_is_heads, self.scored)):

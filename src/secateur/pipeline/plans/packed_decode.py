@@ -17,7 +17,8 @@ from secateur.pipeline.fastest import UNPACKED
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype
 from secateur.recipe import Recipe
 from secateur.storage.formats import Packed
-from secateur.storage.kernels import STORED, kernel_words, no_kernel
+from secateur.storage.kernel_facts import kernel_words, no_kernel
+from secateur.storage.kernels import STORED
 from secateur.storage.packed_linear import PackedLinear
 
 __all__ = ["PackedDecode", "packed_decode", "probe", "whole_model"]
