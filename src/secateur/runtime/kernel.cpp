@@ -123,11 +123,12 @@ void expand_row(const Matrix& w, int64_t row, uint16_t* out) {
 // columns an instruction, both bfloat16.
 enum Product { HALVES, EVEN_ODD, PAIRS };
 
-// The batch of x as the paths read it: rows of `stride` numbers, with zeros behind the last column.
+// The batch of x as the paths read it, with zeros behind the last column. In `steps` and `narrow` the rows lie side by
+// side, a step of the first, the same step of the second: rows a power of two apart would share few lines of a cache.
 struct Inputs {
-    const float* plain;      // in the order of columns
-    const float* ordered;    // EVEN_ODD: of every step the even columns first; else the same
-    const uint16_t* narrow;  // PAIRS: the same in bfloat16
+    const float* plain;      // row after row, `stride` numbers apart
+    const float* steps;      // HALVES and EVEN_ODD; EVEN_ODD: of every step the even columns first
+    const uint16_t* narrow;  // PAIRS: in bfloat16
     int64_t stride;
     int batch;
 };
@@ -163,17 +164,20 @@ void unpack_portable(const Matrix& w, int64_t first, int64_t last, uint16_t* out
 // ---- AVX2 ----
 #ifdef HAS_AVX2
 
-// The next 16 columns in the dtype of the file; `next` moves on.
+// The 8 columns of a code in the dtype of the file.
+template <Layout L>
+AVX2 inline __m128i expand_code(uint32_t code, const uint16_t* next) {
+    const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(TABLES[L].shuffle[code]));
+    return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(next)), places);
+}
+
+// The next 16 columns; `next` moves on.
 template <Layout L>
 AVX2 inline __m256i expand(uint32_t low, uint32_t high, const uint16_t*& next) {
-    const Table& table = TABLES[L];
     const uint16_t* second = next + (L == BITMASK ? _mm_popcnt_u32(low) : 4);
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
-    const __m128i at = _mm_load_si128(reinterpret_cast<const __m128i*>(table.shuffle[low]));
-    const __m128i bt = _mm_load_si128(reinterpret_cast<const __m128i*>(table.shuffle[high]));
+    const __m256i columns = _mm256_set_m128i(expand_code<L>(high, second), expand_code<L>(low, next));
     next += L == BITMASK ? _mm_popcnt_u32(low | high << 8) : 8;
-    return _mm256_shuffle_epi8(_mm256_set_m128i(b, a), _mm256_set_m128i(bt, at));
+    return columns;
 }
 
 template <bool HALF>
@@ -197,14 +201,14 @@ AVX2 inline float sum_of(__m256 v) {
 // 16 columns of ROWS rows of W times those of M rows of x.
 template <Layout L, bool HALF, int M, int ROWS>
 AVX2 inline void add_step(const Matrix& w, const uint8_t* codes, bool alone, const uint16_t** next, const float* x,
-                          int64_t stride, __m256 (*sum)[M]) {
+                          __m256 (*sum)[M]) {
     for (int k = 0; k < ROWS; ++k) {
         const uint8_t* code = codes + k * w.width;
         const __m256i packed = expand<L>(code[0], alone ? NOTHING : code[1], next[k]);
         const __m256 a = first_half<HALF>(packed), b = second_half<HALF>(packed);
         for (int m = 0; m < M; ++m) {
-            sum[k][m] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + m * stride), sum[k][m]);
-            sum[k][m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(x + m * stride + 8), sum[k][m]);
+            sum[k][m] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + m * STEP), sum[k][m]);
+            sum[k][m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(x + m * STEP + STEP / 2), sum[k][m]);
         }
     }
 }
@@ -219,10 +223,11 @@ AVX2 void dot_rows(const Matrix& w, int64_t row, const Inputs& x, float* y) {
         for (int m = 0; m < M; ++m) sum[k][m] = _mm256_setzero_ps();
     }
     const uint8_t* codes = w.code(row);
+    const float* step = x.steps;
     int64_t at = 0;
-    for (; at + 1 < w.width; at += 2)
-        add_step<L, HALF, M, ROWS>(w, codes + at, false, next, x.ordered + at * 8, x.stride, sum);
-    if (at < w.width) add_step<L, HALF, M, ROWS>(w, codes + at, true, next, x.ordered + at * 8, x.stride, sum);
+    for (; at + 1 < w.width; at += 2, step += M * STEP)
+        add_step<L, HALF, M, ROWS>(w, codes + at, false, next, step, sum);
+    if (at < w.width) add_step<L, HALF, M, ROWS>(w, codes + at, true, next, step, sum);
     for (int k = 0; k < ROWS; ++k)
         for (int m = 0; m < M; ++m) y[m * w.rows + row + k] = sum_of(sum[k][m]);
 }
@@ -231,7 +236,8 @@ template <Layout L, bool HALF>
 struct Vector {
     template <int M>
     AVX2 static void multiply(const Matrix& w, int64_t row, int64_t last, const Inputs& x, float* y) {
-        constexpr int ROWS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // as many sums as registers hold
+        // Of many rows of x not all sums find registers, and two rows of W still gain: x is read half as often.
+        constexpr int ROWS = M == 1 ? 4 : M == 2 ? 3 : 2;
         for (; row + ROWS <= last && w.reads_within(row + ROWS - 1); row += ROWS)
             dot_rows<L, HALF, M, ROWS>(w, row, x, y);
         for (; row < last && w.reads_within(row); ++row) dot_rows<L, HALF, M, 1>(w, row, x, y);
@@ -288,7 +294,7 @@ AVX512 inline __m512i expand_chunk(uint32_t mask, const uint16_t*& next) {
     return _mm512_maskz_expand_epi16(mask, values);
 }
 
-// sum + 32 columns of a row of W times those of a row of x, which begin at `at` in all that `x` has.
+// sum + 32 columns of a row of W times those of a row of x, which begin at `at`.
 // The instruction of PAIRS takes numbers below 1.2e-38 for zero.
 template <Product P>
 AVX512 inline __m512 add_products(__m512 sum, __m512i w, const Inputs& x, int64_t at) {
@@ -297,8 +303,8 @@ AVX512 inline __m512 add_products(__m512 sum, __m512i w, const Inputs& x, int64_
                                  : _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
     const __m512 b = P == HALVES ? _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1))
                                  : _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000))));
-    sum = _mm512_fmadd_ps(a, _mm512_loadu_ps(x.ordered + at), sum);
-    return _mm512_fmadd_ps(b, _mm512_loadu_ps(x.ordered + at + CHUNK / 2), sum);
+    sum = _mm512_fmadd_ps(a, _mm512_loadu_ps(x.steps + at), sum);
+    return _mm512_fmadd_ps(b, _mm512_loadu_ps(x.steps + at + CHUNK / 2), sum);
 }
 
 AVX512 inline float sum_of_512(__m512 v) {
@@ -327,7 +333,7 @@ AVX512 void dot_rows_512(const Matrix& w, int64_t row, const Inputs& x, float* y
             for (int k = 0; k < ROWS; ++k) {
                 const __m512i expanded = expand_chunk(masks[k][chunk], next[k]);
                 for (int m = 0; m < M; ++m)
-                    sum[k][m] = add_products<P>(sum[k][m], expanded, x, m * x.stride + (first + chunk) * CHUNK);
+                    sum[k][m] = add_products<P>(sum[k][m], expanded, x, ((first + chunk) * M + m) * CHUNK);
             }
     }
     for (int k = 0; k < ROWS; ++k)
@@ -421,33 +427,52 @@ Unpack unpack_for(const Matrix& w, int path) {
 class Arranged {
   public:
     Arranged(int64_t columns, Product product, int path)
-        : columns(columns), stride((columns + CHUNK - 1) / CHUNK * CHUNK), product(product),
-          step(path >= VECTOR_512 ? CHUNK : STEP) {}
+        : columns(columns), stride((columns + CHUNK - 1) / CHUNK * CHUNK), product(product), path(path) {}
 
     Inputs of(const float* x, int batch) {
         plain.assign(batch * stride, 0.0f);
         for (int m = 0; m < batch; ++m) std::copy_n(x + m * columns, columns, plain.data() + m * stride);
-        if (product == EVEN_ODD) {
-            ordered.resize(plain.size());
-            for (int64_t at = 0; at < batch * stride; ++at)
-                ordered[at / step * step + at % 2 * (step / 2) + at % step / 2] = plain[at];
-        }
         if (product == PAIRS) {  // the numbers are of bfloat16: the rest of their bits is zero
-            narrow.resize(plain.size());
-            for (int64_t at = 0; at < batch * stride; ++at) {
+            arrange<CHUNK>(batch, narrow, [](const float* from, int64_t column) {
                 uint32_t bits;
-                std::memcpy(&bits, &plain[at], sizeof bits);
-                narrow[at] = static_cast<uint16_t>(bits >> 16);
-            }
+                std::memcpy(&bits, from + column, sizeof bits);
+                return static_cast<uint16_t>(bits >> 16);
+            });
+        } else if (path >= VECTOR_512) {
+            arrange_steps<CHUNK>(batch);
+        } else if (path == VECTOR) {
+            arrange_steps<STEP>(batch);
         }
-        return {plain.data(), product == EVEN_ODD ? ordered.data() : plain.data(), narrow.data(), stride, batch};
+        return {plain.data(), steps.data(), narrow.data(), stride, batch};
     }
 
   private:
+    template <int64_t COLUMNS>
+    void arrange_steps(int batch) {
+        constexpr int64_t HALF = COLUMNS / 2;
+        if (product == HALVES)
+            arrange<COLUMNS>(batch, steps, [](const float* from, int64_t column) { return from[column]; });
+        else
+            arrange<COLUMNS>(batch, steps, [](const float* from, int64_t column) {
+                return from[column < HALF ? 2 * column : 2 * (column - HALF) + 1];
+            });
+    }
+
+    // `read` gives a column of the steps from a step of `plain`.
+    template <int64_t COLUMNS, typename T, typename Read>
+    void arrange(int batch, std::vector<T>& to, Read read) {
+        to.resize(plain.size());
+        T* next = to.data();
+        for (int64_t at = 0; at < stride; at += COLUMNS)
+            for (int m = 0; m < batch; ++m, next += COLUMNS)
+                for (int64_t column = 0; column < COLUMNS; ++column)
+                    next[column] = read(plain.data() + m * stride + at, column);
+    }
+
     const int64_t columns, stride;
     const Product product;
-    const int64_t step;
-    std::vector<float> plain, ordered;
+    const int path;
+    std::vector<float> plain, steps;
     std::vector<uint16_t> narrow;
 };
 
