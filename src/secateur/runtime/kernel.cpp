@@ -28,29 +28,30 @@ namespace {
 
 enum Layout { BITMASK = 0, TWO_OF_FOUR = 1 };
 enum Path { PORTABLE = 0, VECTOR = 1, VECTOR_512 = 2, PAIRS_512 = 3 };
-constexpr int64_t STEP = 16;    // columns a step of AVX2: two codes
+constexpr int64_t STEP = 8;     // columns a step of AVX2: one code
 constexpr int64_t CHUNK = 32;   // columns a step of AVX-512: four codes
 constexpr int64_t SPAN = 16;    // chunks whose codes are read at once
 constexpr int64_t BLOCK = 32;   // rows a task
 constexpr int BATCH = 8;        // rows of x that share a decompression
 constexpr int8_t NONE = -1;     // of a shuffle: writes zero
-constexpr int NOTHING = 256;    // a code of 8 zeros that no file holds
+constexpr int CODES = 256;
 
 // For each code where each of 8 columns finds its value among the next ones, and how many those are.
 struct Table {
-    alignas(16) int8_t shuffle[NOTHING + 1][16];
-    int8_t source[NOTHING + 1][8];
-    uint8_t count[NOTHING + 1];
+    alignas(16) int8_t shuffle[CODES][16];
+    alignas(32) int8_t wide[CODES][32];  // the bytes of bfloat16 as the upper half of float32
+    int8_t source[CODES][8];
+    uint8_t count[CODES];
 
     explicit Table(Layout layout) {
-        for (int code = 0; code <= NOTHING; ++code) {
+        for (int code = 0; code < CODES; ++code) {
             int8_t* row = source[code];
             std::fill(row, row + 8, NONE);
             count[code] = 0;
             if (layout == BITMASK) {
                 for (int column = 0; column < 8; ++column)
                     if (code >> column & 1) row[column] = static_cast<int8_t>(count[code]++);
-            } else if (code != NOTHING) {
+            } else {
                 for (; count[code] < 4; ++count[code])
                     row[count[code] / 2 * 4 + (code >> 2 * count[code] & 3)] = static_cast<int8_t>(count[code]);
             }
@@ -58,6 +59,8 @@ struct Table {
                 int8_t from = row[byte / 2];
                 shuffle[code][byte] = from == NONE ? NONE : static_cast<int8_t>(2 * from + byte % 2);
             }
+            for (int byte = 0; byte < 32; ++byte)
+                wide[code][byte] = byte % 4 < 2 ? NONE : shuffle[code][byte / 4 * 2 + byte % 2];
         }
     }
 };
@@ -119,15 +122,15 @@ void expand_row(const Matrix& w, int64_t row, uint16_t* out) {
     }
 }
 
-// How weights meet x: widened by halves of a step (float16), widened by even and odd columns (bfloat16), or two
-// columns an instruction, both bfloat16.
+// How AVX-512 brings weights to x: widened by halves of a chunk (float16), widened by even and odd columns (bfloat16),
+// or two columns an instruction, both bfloat16. All others widen them in the order of columns.
 enum Product { HALVES, EVEN_ODD, PAIRS };
 
 // The batch of x as the paths read it, with zeros behind the last column. In `steps` and `narrow` the rows lie side by
 // side, a step of the first, the same step of the second: rows a power of two apart would share few lines of a cache.
 struct Inputs {
     const float* plain;      // row after row, `stride` numbers apart
-    const float* steps;      // HALVES and EVEN_ODD; EVEN_ODD: of every step the even columns first
+    const float* steps;      // EVEN_ODD: of every chunk the even columns first
     const uint16_t* narrow;  // PAIRS: in bfloat16
     int64_t stride;
     int batch;
@@ -164,53 +167,36 @@ void unpack_portable(const Matrix& w, int64_t first, int64_t last, uint16_t* out
 // ---- AVX2 ----
 #ifdef HAS_AVX2
 
+AVX2 inline __m128i load_eight(const uint16_t* next) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
+}
+
 // The 8 columns of a code in the dtype of the file.
 template <Layout L>
 AVX2 inline __m128i expand_code(uint32_t code, const uint16_t* next) {
-    const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(TABLES[L].shuffle[code]));
-    return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(next)), places);
+    const auto* places = reinterpret_cast<const __m128i*>(TABLES[L].shuffle[code]);
+    return _mm_shuffle_epi8(load_eight(next), _mm_load_si128(places));
 }
 
-// The next 16 columns; `next` moves on.
+// The same in float32, which for bfloat16 takes no more: its bytes are the upper ones.
+template <Layout L, bool HALF>
+AVX2 inline __m256 widen_code(uint32_t code, const uint16_t* next) {
+    if (HALF) return _mm256_cvtph_ps(expand_code<L>(code, next));
+    const auto* places = reinterpret_cast<const __m256i*>(TABLES[L].wide[code]);
+    const __m256i twice = _mm256_broadcastsi128_si256(load_eight(next));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256(places)));
+}
+
+// How many values a code has.
 template <Layout L>
-AVX2 inline __m256i expand(uint32_t low, uint32_t high, const uint16_t*& next) {
-    const uint16_t* second = next + (L == BITMASK ? _mm_popcnt_u32(low) : 4);
-    const __m256i columns = _mm256_set_m128i(expand_code<L>(high, second), expand_code<L>(low, next));
-    next += L == BITMASK ? _mm_popcnt_u32(low | high << 8) : 8;
-    return columns;
-}
-
-template <bool HALF>
-AVX2 inline __m256 first_half(__m256i w) {  // bfloat16: of even columns; float16: of the first 8
-    if (HALF) return _mm256_cvtph_ps(_mm256_castsi256_si128(w));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
-}
-
-template <bool HALF>
-AVX2 inline __m256 second_half(__m256i w) {
-    if (HALF) return _mm256_cvtph_ps(_mm256_extracti128_si256(w, 1));
-    return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000))));
+AVX2 inline int64_t count_of(uint32_t code) {
+    return L == BITMASK ? _mm_popcnt_u32(code) : 4;
 }
 
 AVX2 inline float sum_of(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
-}
-
-// 16 columns of ROWS rows of W times those of M rows of x.
-template <Layout L, bool HALF, int M, int ROWS>
-AVX2 inline void add_step(const Matrix& w, const uint8_t* codes, bool alone, const uint16_t** next, const float* x,
-                          __m256 (*sum)[M]) {
-    for (int k = 0; k < ROWS; ++k) {
-        const uint8_t* code = codes + k * w.width;
-        const __m256i packed = expand<L>(code[0], alone ? NOTHING : code[1], next[k]);
-        const __m256 a = first_half<HALF>(packed), b = second_half<HALF>(packed);
-        for (int m = 0; m < M; ++m) {
-            sum[k][m] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + m * STEP), sum[k][m]);
-            sum[k][m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(x + m * STEP + STEP / 2), sum[k][m]);
-        }
-    }
 }
 
 // ROWS rows of W side by side: their streams do not wait for each other, and they share what is read of x.
@@ -224,10 +210,14 @@ AVX2 void dot_rows(const Matrix& w, int64_t row, const Inputs& x, float* y) {
     }
     const uint8_t* codes = w.code(row);
     const float* step = x.steps;
-    int64_t at = 0;
-    for (; at + 1 < w.width; at += 2, step += M * STEP)
-        add_step<L, HALF, M, ROWS>(w, codes + at, false, next, step, sum);
-    if (at < w.width) add_step<L, HALF, M, ROWS>(w, codes + at, true, next, step, sum);
+    for (int64_t at = 0; at < w.width; ++at, step += M * STEP)
+        for (int k = 0; k < ROWS; ++k) {
+            const uint8_t code = codes[k * w.width + at];
+            const __m256 columns = widen_code<L, HALF>(code, next[k]);
+            next[k] += count_of<L>(code);
+            for (int m = 0; m < M; ++m)
+                sum[k][m] = _mm256_fmadd_ps(columns, _mm256_loadu_ps(step + m * STEP), sum[k][m]);
+        }
     for (int k = 0; k < ROWS; ++k)
         for (int m = 0; m < M; ++m) y[m * w.rows + row + k] = sum_of(sum[k][m]);
 }
@@ -236,8 +226,8 @@ template <Layout L, bool HALF>
 struct Vector {
     template <int M>
     AVX2 static void multiply(const Matrix& w, int64_t row, int64_t last, const Inputs& x, float* y) {
-        // Of many rows of x not all sums find registers, and two rows of W still gain: x is read half as often.
-        constexpr int ROWS = M == 1 ? 4 : M == 2 ? 3 : 2;
+        // Sums of many rows of x find no registers, and still more than one row of W gains: x is read less often.
+        constexpr int ROWS = M <= 3 ? 4 : M == 4 ? 3 : 2;
         for (; row + ROWS <= last && w.reads_within(row + ROWS - 1); row += ROWS)
             dot_rows<L, HALF, M, ROWS>(w, row, x, y);
         for (; row < last && w.reads_within(row); ++row) dot_rows<L, HALF, M, 1>(w, row, x, y);
@@ -250,15 +240,16 @@ AVX2 void unpack_vector(const Matrix& w, int64_t row, int64_t last, uint16_t* ou
     for (; row < last && w.reads_within(row); ++row, out += w.columns) {
         const uint8_t* code = w.code(row);
         const uint16_t* next = w.value(row);
-        for (int64_t at = 0; at < w.width; at += 2) {
-            const __m256i packed = expand<L>(code[at], at + 1 < w.width ? code[at + 1] : NOTHING, next);
-            const int64_t left = w.columns - at * 8;
+        for (int64_t at = 0; at < w.width; ++at) {
+            const __m128i columns = expand_code<L>(code[at], next);
+            next += count_of<L>(code[at]);
+            const int64_t left = w.columns - at * STEP;
             if (left >= STEP) {
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at * 8), packed);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at * STEP), columns);
             } else {
                 uint16_t rest[STEP];
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), packed);
-                std::copy_n(rest, left, out + at * 8);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(rest), columns);
+                std::copy_n(rest, left, out + at * STEP);
             }
         }
     }
@@ -432,32 +423,25 @@ class Arranged {
     Inputs of(const float* x, int batch) {
         plain.assign(batch * stride, 0.0f);
         for (int m = 0; m < batch; ++m) std::copy_n(x + m * columns, columns, plain.data() + m * stride);
-        if (product == PAIRS) {  // the numbers are of bfloat16: the rest of their bits is zero
+        const auto in_order = [](const float* from, int64_t column) { return from[column]; };
+        if (path == VECTOR)
+            arrange<STEP>(batch, steps, in_order);
+        else if (path >= VECTOR_512 && product == HALVES)
+            arrange<CHUNK>(batch, steps, in_order);
+        else if (path >= VECTOR_512 && product == EVEN_ODD)
+            arrange<CHUNK>(batch, steps, [](const float* from, int64_t column) {
+                return from[column < CHUNK / 2 ? 2 * column : 2 * column - CHUNK + 1];
+            });
+        else if (path >= VECTOR_512)  // the numbers are of bfloat16: the rest of their bits is zero
             arrange<CHUNK>(batch, narrow, [](const float* from, int64_t column) {
                 uint32_t bits;
                 std::memcpy(&bits, from + column, sizeof bits);
                 return static_cast<uint16_t>(bits >> 16);
             });
-        } else if (path >= VECTOR_512) {
-            arrange_steps<CHUNK>(batch);
-        } else if (path == VECTOR) {
-            arrange_steps<STEP>(batch);
-        }
         return {plain.data(), steps.data(), narrow.data(), stride, batch};
     }
 
   private:
-    template <int64_t COLUMNS>
-    void arrange_steps(int batch) {
-        constexpr int64_t HALF = COLUMNS / 2;
-        if (product == HALVES)
-            arrange<COLUMNS>(batch, steps, [](const float* from, int64_t column) { return from[column]; });
-        else
-            arrange<COLUMNS>(batch, steps, [](const float* from, int64_t column) {
-                return from[column < HALF ? 2 * column : 2 * (column - HALF) + 1];
-            });
-    }
-
     // `read` gives a column of the steps from a step of `plain`.
     template <int64_t COLUMNS, typename T, typename Read>
     void arrange(int batch, std::vector<T>& to, Read read) {
