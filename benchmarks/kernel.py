@@ -24,9 +24,9 @@ from torch import Tensor
 from secateur.checkpoint.packing import Packed
 from secateur.core.factored import Factored
 from secateur.core.pattern import Pattern
+from secateur.runtime.facts import kernel_of
+from secateur.runtime.packed_linear import PackedLinear
 from secateur.storage.armor import packed as factors
-from secateur.storage.kernel_facts import kernel_of
-from secateur.storage.packed_linear import PackedLinear
 
 SHAPES = {
     "1B": ((2048, 2048), (5632, 2048), (2048, 5632)),

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
-from secateur.storage.kernel_facts import kernel_of, weight_bytes
+from secateur.runtime.facts import kernel_of, weight_bytes
 
 SHORT, WARM_UP = 8, 3
 

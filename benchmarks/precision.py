@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import secateur
 from secateur.calibration.windows import Windows, load_windows
 from secateur.experts.online import OnlinePlan
-from secateur.storage.kernel_facts import weight_bytes
-from secateur.storage.quantizer import SecateurQuantizationConfig
+from secateur.loading.quantizer import SecateurQuantizationConfig
+from secateur.runtime.facts import weight_bytes
 
 PLANS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("uniform-bits", {"bits": 3}),

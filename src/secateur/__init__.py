@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         recover,
     )
     from secateur.core.errors import InputError, SecateurError
+    from secateur.loading.quantizer import SecateurQuantizationConfig
     from secateur.recipe import Recipe
-    from secateur.storage.quantizer import SecateurQuantizationConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,7 +52,7 @@ _HOMES = {  # of all that needs less than `secateur.api`, which imports everythi
     "InputError": "secateur.core.errors",
     "SecateurError": "secateur.core.errors",
     "Recipe": "secateur.recipe",
-    "SecateurQuantizationConfig": "secateur.storage.quantizer",
+    "SecateurQuantizationConfig": "secateur.loading.quantizer",
     "inspect": "secateur.pipeline.inspect",
     "methods": "secateur.pipeline.catalogue",
 }

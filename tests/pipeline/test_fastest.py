@@ -16,9 +16,8 @@ from secateur.pipeline.fastest import load_fastest, why_unpacked
 from secateur.pipeline.opened import open_model
 from secateur.report.model import Report
 from secateur.report.verdict import rows, verdict
-from secateur.runtime import build
-from secateur.storage import kernel_facts, kernels
-from secateur.storage.packed_linear import PackedLinear, unpack_and_multiply
+from secateur.runtime import build, compiled, facts, products
+from secateur.runtime.packed_linear import PackedLinear, unpack_and_multiply
 
 CPU = torch.device("cpu")
 HALF = {"method": "magnitude", "sparsity": 0.5, "evaluation_windows": 0, "check_loading": False}
@@ -37,9 +36,9 @@ def tiny(family: str, tmp_path: Path, dtype: torch.dtype = torch.bfloat16, **set
 
 @pytest.fixture
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (kernels, kernel_facts):
+    for room in (compiled, facts):
         monkeypatch.setattr(room, "library", lambda: None)
-    monkeypatch.setattr(kernel_facts, "why_missing", lambda: "no C++ compiler (g++, or name one in CXX)")
+    monkeypatch.setattr(facts, "why_missing", lambda: "no C++ compiler (g++, or name one in CXX)")
 
 
 def test_a_run_times_packed_files_kept_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +106,7 @@ def test_weights_that_the_kernel_does_not_take(
     family: str, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     opened = tiny(family, tmp_path, dtype, **settings)
-    assert why_unpacked(opened, torch.float32, CPU) == kernel_facts.TAKEN
+    assert why_unpacked(opened, torch.float32, CPU) == facts.TAKEN
 
 
 @pytest.mark.parametrize(("family", "format"), [("llama", "bitmask"), ("llama", "nm"), ("gpt2", "nm")])
@@ -117,11 +116,11 @@ def test_weights_that_it_takes(family: str, format: str, tmp_path: Path) -> None
     opened = tiny(family, tmp_path, format=format, pattern="2:4")
     for dtype in (torch.float32, torch.bfloat16):
         assert why_unpacked(opened, dtype, CPU) is None
-    assert why_unpacked(opened, torch.float16, CPU) == kernel_facts.TAKEN
+    assert why_unpacked(opened, torch.float16, CPU) == facts.TAKEN
     loaded = load_fastest(opened, torch.float32, CPU)
     linears = [module for module in loaded.model.modules() if isinstance(module, PackedLinear)]
     assert len(linears) == len(opened.checkpoint.formats)
-    assert all(kernels.matrix_of(linear, linear.format, linear.parts) for linear in linears)
+    assert all(compiled.matrix_of(linear, linear.format, linear.parts) for linear in linears)
 
 
 def test_other_devices(tmp_path: Path) -> None:
@@ -132,20 +131,20 @@ def test_other_devices(tmp_path: Path) -> None:
 def test_a_kernel_of_another_package_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = tiny("llama", tmp_path, torch.float32, format="bitmask")
     monkeypatch.setitem(
-        kernels.KERNELS, "bitmask", lambda linear, inputs: unpack_and_multiply(linear, inputs)
+        products.KERNELS, "bitmask", lambda linear, inputs: unpack_and_multiply(linear, inputs)
     )
     assert why_unpacked(opened, torch.float32, CPU) is None
     assert load_fastest(opened, torch.float32, CPU).words == "packed (that of bitmask)"
-    monkeypatch.delitem(kernels.KERNELS, "bitmask")
+    monkeypatch.delitem(products.KERNELS, "bitmask")
     model = opened.load(torch.float32, CPU, packed=True)
-    assert kernel_facts.kernel_of(model) == "none, bitmask is unpacked for every product"
+    assert facts.kernel_of(model) == "none, bitmask is unpacked for every product"
 
 
 def test_factors_save_memory_and_no_time(tmp_path: Path) -> None:
     options = {"block": 8, "iterations": 1, "store": "factors"}
     opened = tiny("llama", tmp_path, torch.float16, method="armor", pattern="2:4", options=options)
-    assert why_unpacked(opened, torch.float32, CPU) == kernel_facts.TAKEN
-    assert kernel_facts.kernel_of(opened.load(torch.float32, CPU, packed=True)) == "that of armor"
+    assert why_unpacked(opened, torch.float32, CPU) == facts.TAKEN
+    assert facts.kernel_of(opened.load(torch.float32, CPU, packed=True)) == "that of armor"
 
 
 def test_routed_experts_are_unpacked_for_every_product(tmp_path: Path) -> None:

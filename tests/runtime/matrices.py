@@ -12,9 +12,9 @@ from torch import Tensor
 
 from secateur.checkpoint.packing import Packed
 from secateur.runtime.build import library, why_missing
+from secateur.runtime.compiled import matrix_of
 from secateur.runtime.kernel import Matrix, Path, multiply, tiles
-from secateur.storage.kernels import matrix_of
-from secateur.storage.packed_linear import PackedLinear
+from secateur.runtime.packed_linear import PackedLinear
 
 
 def kernel_or_skip() -> ctypes.CDLL:

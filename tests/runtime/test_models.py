@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.storage import kernel_facts, kernels
-from secateur.storage.packed_linear import PackedLinear
+from secateur.runtime import compiled, facts
+from secateur.runtime.packed_linear import PackedLinear
 
 from .matrices import kernel_or_skip, linear_of, sparse, two_of_four
 
@@ -27,8 +27,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(inputs.numel() // inputs.shape[-1])
         return real(kernel, matrix, inputs, bias)
 
-    real = kernels.linear
-    monkeypatch.setattr(kernels, "linear", watched)
+    real = compiled.linear
+    monkeypatch.setattr(compiled, "linear", watched)
     return rows
 
 
@@ -83,7 +83,7 @@ def test_where_the_weight_is_unpacked(computed: list[int]) -> None:
     for odd in (two_of_four(4, 20, torch.bfloat16), two_of_four(4, 32, torch.bfloat16).repeat(1, 1)[:, ::2]):
         odd = odd.contiguous()
         layer = linear_of(odd, "nm")
-        assert kernels.matrix_of(layer, "nm", layer.parts) is None
+        assert compiled.matrix_of(layer, "nm", layer.parts) is None
         inputs = torch.ones(1, odd.shape[1], dtype=odd.dtype)
         assert layer(inputs).equal(torch.nn.functional.linear(inputs, odd))
     assert computed == []
@@ -103,6 +103,6 @@ def test_what_a_model_takes() -> None:
     model = torch.nn.Sequential(layer, torch.nn.Linear(40, 4, bias=False))
     model.append(model[1])
     assert isinstance(layer, PackedLinear)
-    assert kernel_facts.weight_bytes(model) == layer.packed_bytes + 40 * 4 * 4
-    assert kernel_facts.kernel_of(model[1]) is None
-    assert kernel_facts.kernel_of(model) is not None
+    assert facts.weight_bytes(model) == layer.packed_bytes + 40 * 4 * 4
+    assert facts.kernel_of(model[1]) is None
+    assert facts.kernel_of(model) is not None

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.runtime import semi_structured
+from secateur.runtime import facts, products, semi_structured
 from secateur.runtime.semi_structured import Choices, convert, fits
-from secateur.storage import kernel_facts, kernels
 
 from .matrices import linear_of, two_of_four
 
@@ -34,7 +33,7 @@ class Clock:
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense copies stand for semi-structured tensors, on the CPU."""
     monkeypatch.setattr(semi_structured, "convert", Tensor.clone)
-    monkeypatch.setattr(kernels, "fits", lambda *_: True)
+    monkeypatch.setattr(products, "fits", lambda *_: True)
 
 
 def choose(choices: Choices) -> Tensor | None:
@@ -128,10 +127,10 @@ def test_what_torch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("sparse", "quicker"), [(0.5, True), (4.0, False)])
 def test_a_layer(sparse: float, quicker: bool, as_on_a_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHOICES", Choices(Clock(1.0, sparse, 2.0)))
+    monkeypatch.setattr(products, "CHOICES", Choices(Clock(1.0, sparse, 2.0)))
     compiled: list[int] = []
-    real = kernels.compiled
-    monkeypatch.setattr(kernels, "compiled", lambda *both: compiled.append(1) or real(*both))
+    real = products.compiled
+    monkeypatch.setattr(products, "compiled", lambda *both: compiled.append(1) or real(*both))
     layer = linear_of(WEIGHT, "nm")
     layer.bias = torch.nn.Parameter(torch.ones(64).bfloat16(), requires_grad=False)
     inputs = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -139,17 +138,17 @@ def test_a_layer(sparse: float, quicker: bool, as_on_a_device: None, monkeypatch
         expected = torch.nn.functional.linear(inputs.float(), WEIGHT.float(), layer.bias.float())
         torch.testing.assert_close(layer(inputs).float(), expected, rtol=0.02, atol=0.05)
     assert bool(compiled) != quicker
-    told = kernel_facts.kernel_of(layer)
+    told = facts.kernel_of(layer)
     assert told is not None
     assert ("64 x 128 semi-structured" in told) == quicker
     other = linear_of(two_of_four(8, 64, torch.bfloat16), "nm")  # of a shape that was not asked
-    told = kernel_facts.kernel_of(torch.nn.Sequential(layer, other))
+    told = facts.kernel_of(torch.nn.Sequential(layer, other))
     assert told is not None
     assert told.split("; ")[1].startswith(("compiled", "none, packed weights are unpacked"))
 
 
 def test_new_parts_are_noticed(as_on_a_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHOICES", Choices(Clock(1.0, 0.5, 2.0)))
+    monkeypatch.setattr(products, "CHOICES", Choices(Clock(1.0, 0.5, 2.0)))
     layer, inputs = linear_of(WEIGHT, "nm"), torch.ones(3, 128).bfloat16()
     before = layer(inputs)
     layer.packed_values = layer.packed_values * 2
@@ -159,7 +158,7 @@ def test_new_parts_are_noticed(as_on_a_device: None, monkeypatch: pytest.MonkeyP
 def test_gradients_and_other_dtypes_do_not_come_here(
     as_on_a_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "CHOICES", Choices(Clock(1.0, 0.5, 2.0)))
+    monkeypatch.setattr(products, "CHOICES", Choices(Clock(1.0, 0.5, 2.0)))
     linear_of(WEIGHT, "nm")(torch.ones(3, 128).bfloat16().requires_grad_()).sum().backward()
     linear_of(WEIGHT, "nm", torch.float32)(torch.ones(3, 128))
-    assert not kernels.CHOICES.known
+    assert not products.CHOICES.known

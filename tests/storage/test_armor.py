@@ -15,16 +15,16 @@ from secateur.core.errors import CheckpointError, InputError, RecipeError
 from secateur.core.factored import Factored
 from secateur.core.pattern import Pattern
 from secateur.core.selection import select
+from secateur.loading.quantizer import SecateurQuantizationConfig
 from secateur.pipeline.opened import open_model
 from secateur.report.verdict import verdict
+from secateur.runtime import compiled
 from secateur.runtime.build import library, why_missing
-from secateur.storage import kernels
+from secateur.runtime.packed_linear import PackedLinear
 from secateur.storage.armor import FactoredFormat, packed
 from secateur.storage.bitmask import Bitmask
 from secateur.storage.formats import Packed
 from secateur.storage.nm import GroupsOfM
-from secateur.storage.packed_linear import PackedLinear
-from secateur.storage.quantizer import SecateurQuantizationConfig
 
 IDS = torch.arange(5, 45).view(2, 20)
 OPTIONS = {"block": 8, "iterations": 3, "store": "factors"}
@@ -85,7 +85,7 @@ def test_the_kernel_multiplies_by_the_core_as_it_lies_there(
         monkeypatch.setattr(format, "unpack", lambda *inner: unpacked.append(inner) or real(*inner))
     found = layer(inputs)
     assert not unpacked
-    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(compiled, "library", lambda: None)
     torch.testing.assert_close(found, layer(inputs), rtol=1e-5, atol=1e-5)
     assert len(unpacked) == 1
 

@@ -19,8 +19,8 @@ import secateur
 from formats.cut_models import save_cut
 from secateur.core.errors import CheckpointError, InputError
 from secateur.evaluation import _reopen
-from secateur.storage import packed_linear
-from secateur.storage.packed_linear import PackedLinear, unpack_and_multiply
+from secateur.runtime import packed_linear
+from secateur.runtime.packed_linear import PackedLinear, unpack_and_multiply
 
 from .models import IDS, save_packed, save_sparse, stored
 

@@ -1,4 +1,4 @@
-"""Models whose blocks differ in size, as transformers loads them."""
+"""What transformers learns at `import secateur`: models whose blocks differ in size, and packed weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _register_models(module: ModuleType) -> None:
 
 
 def _register_quantizer(module: ModuleType) -> None:
-    importlib.import_module("secateur.storage.quantizer")  # registers itself
+    importlib.import_module("secateur.loading.quantizer")  # registers itself
 
 
 _REGISTER: dict[str, Register] = {AUTO_CONFIG: _register_models, AUTO_QUANTIZER: _register_quantizer}

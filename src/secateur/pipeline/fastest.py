@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.pipeline.opened import Opened
-from secateur.storage.kernel_facts import computes_from, has_own_kernel, kernel_of, no_kernel, weight_bytes
+from secateur.runtime.facts import computes_from, has_own_kernel, kernel_of, no_kernel, weight_bytes
 
 __all__ = ["UNPACKED", "Loaded", "load_fastest", "why_unpacked"]
 

@@ -25,7 +25,7 @@ from secateur.recipe import Calibration, Recipe, RecoveryRecipe, parse
 from secateur.report.compare import compare as draw
 from secateur.report.files import write_text
 from secateur.report.model import Report
-from secateur.storage.kernel_facts import kernel_of, weight_bytes
+from secateur.runtime.facts import kernel_of, weight_bytes
 
 __all__ = ["bench", "compare", "evaluate", "prune", "recover"]
 

@@ -1,1 +1,1 @@
-"""Weights in fewer bytes: formats of tensors, what packs a checkpoint, and how transformers loads it."""
+"""Weights in fewer bytes: formats of tensors, and what packs a checkpoint."""

@@ -19,15 +19,13 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import InputError
-from secateur.core.factored import Factored, times_right
+from secateur.core.factored import Factored
 from secateur.core.pattern import Pattern
 from secateur.storage.bitmask import Bitmask
 from secateur.storage.formats import FORMATS, Format, Packed, refused
-from secateur.storage.kernels import product
 from secateur.storage.nm import GroupsOfM
-from secateur.storage.packed_linear import KERNELS, PackedLinear
 
-__all__ = ["FactoredFormat", "multiply", "packed"]
+__all__ = ["FactoredFormat", "core_of", "core_parts", "packed"]
 
 CORE = "core_"
 
@@ -51,7 +49,7 @@ class FactoredFormat(Format):
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        core = _core(parts, shape)
+        core = core_of(parts, shape)
         return Factored(parts["left"].float(), core.float(), parts["right"].float()).product().to(dtype)
 
     @classmethod
@@ -64,7 +62,7 @@ class FactoredFormat(Format):
                 raise refused(
                     name, f"its {part} of {blocks} is not of square blocks on a diagonal of {length}"
                 )
-        inner, found = _core_parts(parts)
+        inner, found = core_parts(parts)
         for part in inner.parts:
             if part not in found:
                 raise refused(name, f"{name}.{CORE}{part} is missing")
@@ -85,37 +83,13 @@ def packed(factored: Factored, dtype: torch.dtype, pattern: Pattern) -> Packed:
     )
 
 
-def multiply(linear: PackedLinear, inputs: Tensor) -> Tensor:
-    """(..., inputs) -> (..., outputs): A (S (B x)) + bias, without the product of the three.
-
-    S is multiplied by as it lies in memory where the kernel can, else unpacked.
-    """
-    left, right = (linear.parts[name].to(inputs.dtype) for name in FactoredFormat.parts)
-    inner = times_right(inputs.reshape(-1, linear.in_features), right.mT)
-    outer = times_right(_times_core(linear, inner), left.mT)
-    outer = outer.view(*inputs.shape[:-1], linear.out_features)
-    return outer if linear.bias is None else outer + linear.bias
-
-
-def _times_core(linear: PackedLinear, inner: Tensor) -> Tensor:
-    """(rows, inputs) -> (rows, outputs): inner S^T."""
-    format, parts = _core_parts(linear.parts)
-    found = product(linear, format.id, parts, inner)
-    if found is None:
-        core = _core(linear.parts, (linear.out_features, linear.in_features))
-        found = inner @ core.to(inner.dtype).T
-    return found
-
-
-KERNELS[FactoredFormat.id] = multiply
-
-
-def _core(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    inner, found = _core_parts(parts)
+def core_of(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """(outputs, inputs) S."""
+    inner, found = core_parts(parts)
     return inner.unpack(found, shape, parts["left"].dtype)
 
 
-def _core_parts(parts: Mapping[str, Tensor]) -> tuple[type[Format], dict[str, Tensor]]:
+def core_parts(parts: Mapping[str, Tensor]) -> tuple[type[Format], dict[str, Tensor]]:
     """The format of S, which its parts tell, and those."""
     found = {name.removeprefix(CORE): part for name, part in parts.items() if name.startswith(CORE)}
     return (Bitmask if "mask" in found else GroupsOfM), found

@@ -16,7 +16,7 @@ from secateur.pipeline.fastest import UNPACKED
 from secateur.pipeline.plans import packed_decode
 from secateur.pipeline.plans.packed_decode import LEAST, probe, whole_model
 from secateur.recipe import Recipe
-from secateur.storage import kernel_facts, kernels
+from secateur.runtime import compiled, facts
 
 HALF: dict[str, Any] = {"method": "magnitude", "sparsity": 0.5, "format": "bitmask"}
 TWO_OF_FOUR: dict[str, Any] = {"method": "magnitude", "pattern": "2:4", "format": "nm"}
@@ -34,7 +34,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(packed_decode, "probe", twice)
     monkeypatch.setattr(packed_decode, "kernel_words", lambda: KIND)
-    monkeypatch.setattr(kernel_facts, "why_missing", lambda: None)
+    monkeypatch.setattr(facts, "why_missing", lambda: None)
     return asked
 
 
@@ -79,9 +79,9 @@ def test_whole_model() -> None:
 @pytest.mark.parametrize(
     ("family", "dtype", "settings", "reason"),
     [
-        ("llama", torch.float32, HALF, kernel_facts.TAKEN),
-        ("llama", torch.bfloat16, {**TWO_OF_FOUR, "pattern": "4:8"}, kernel_facts.TAKEN),
-        ("llama", torch.float16, {**HALF, "dtype": "bfloat16"}, kernel_facts.TAKEN),
+        ("llama", torch.float32, HALF, facts.TAKEN),
+        ("llama", torch.bfloat16, {**TWO_OF_FOUR, "pattern": "4:8"}, facts.TAKEN),
+        ("llama", torch.float16, {**HALF, "dtype": "bfloat16"}, facts.TAKEN),
         ("mixtral", torch.bfloat16, HALF, UNPACKED),
         ("gpt2", torch.bfloat16, HALF, UNPACKED),
     ],
@@ -111,7 +111,7 @@ def test_no_promise_without_a_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(packed_decode, "probe", refuse)
-    monkeypatch.setattr(kernel_facts, "why_missing", lambda: "no C++ compiler")
+    monkeypatch.setattr(facts, "why_missing", lambda: "no C++ compiler")
     flags = ["--method", "magnitude", "--sparsity", "0.5", "--format", "bitmask"]
     assert run(["plan", "seedling", *flags]) == 0
     told = " ".join(capsys.readouterr().out.split())
@@ -130,13 +130,13 @@ def test_the_probe_times_the_kernel(settings: dict[str, Any], monkeypatch: pytes
     """On matrices that are sparse as asked, as many as the model has, and a dense rival."""
     kernel_or_skip()
     seen: list[tuple[int, int]] = []
-    real = kernels.linear
+    real = compiled.linear
 
     def watched(kernel: Any, matrix: Any, inputs: Any, bias: Any) -> Any:
         seen.append((matrix.values.numel(), inputs.shape[0]))
         return real(kernel, matrix, inputs, bias)
 
-    monkeypatch.setattr(kernels, "linear", watched)
+    monkeypatch.setattr(compiled, "linear", watched)
     recipe = Recipe(model="seedling", **settings)
     gain = probe((64, 256), torch.bfloat16, torch.float32, recipe, 3 * 64 * 256 * 2)
     assert gain > 0

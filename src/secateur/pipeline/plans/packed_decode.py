@@ -16,10 +16,10 @@ from secateur.core.pattern import Pattern
 from secateur.pipeline.fastest import UNPACKED
 from secateur.pipeline.opened import Opened, choose_device, choose_dtype
 from secateur.recipe import Recipe
+from secateur.runtime.compiled import STORED
+from secateur.runtime.facts import kernel_words, no_kernel
+from secateur.runtime.packed_linear import PackedLinear
 from secateur.storage.formats import Packed
-from secateur.storage.kernel_facts import kernel_words, no_kernel
-from secateur.storage.kernels import STORED
-from secateur.storage.packed_linear import PackedLinear
 
 __all__ = ["PackedDecode", "packed_decode", "probe", "whole_model"]
 

@@ -57,6 +57,13 @@ class PackedLinear(nn.Module):
         weight = FORMATS.get(self.format).unpack(self.parts, shape, self.stored)
         return weight.to(self.weight.device, self.weight.dtype)
 
+    def materialize(self) -> nn.Linear:
+        """An ordinary layer: the weight unpacked, in the dtype to compute in, and the very same bias."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(self.unpacked())
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
     def move_parts(self, device: torch.device | str) -> None:
         """Keep the parts elsewhere than the layer computes."""
         for name, part in self.parts.items():
@@ -64,6 +71,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return KERNELS.get(self.format, unpack_and_multiply)(self, inputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move everything; of a cast take the dtype to compute in, and leave the parts as they are."""
+        kept = self.parts
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, part in self.parts.items():
+            if part.dtype != kept[name].dtype:
+                self._buffers[f"packed_{name}"] = kept[name].to(part.device)
+        return self
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -81,5 +97,5 @@ def unpack_and_multiply(linear: PackedLinear, inputs: Tensor) -> Tensor:
 
 
 KERNELS: dict[str, Kernel] = {}
-"""By format: what computes from the packed weight directly (`storage.kernels` has those that are built in).
+"""By format: what computes from the packed weight directly (`runtime.products` has those that are built in).
 Where there is none, `unpack_and_multiply`."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.quantise.products import byte_products, in_bytes
+from secateur.runtime.packed_linear import PackedLinear
 from secateur.storage.low_bit import LowBit
-from secateur.storage.packed_linear import PackedLinear
 
 __all__ = ["low_bit_linear"]
 

@@ -12,9 +12,9 @@ from secateur.anatomy.layout import FileLayout, Piece
 from secateur.anatomy.mixture import Mixture
 from secateur.anatomy.model import Block
 from secateur.checkpoint.reader import Checkpoint
+from secateur.runtime.packed_linear import PackedLinear
 from secateur.storage.formats import Packed
 from secateur.storage.low_bit import LowBitStack, packed_matrices, rows_together
-from secateur.storage.packed_linear import PackedLinear
 
 __all__ = ["PackedExperts", "packed_experts"]
 

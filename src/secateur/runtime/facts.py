@@ -7,11 +7,12 @@ from torch import nn
 
 from secateur.checkpoint.safetensors_file import torch_dtype
 from secateur.checkpoint.safetensors_header import TensorInfo
+from secateur.runtime import products
 from secateur.runtime.build import library, why_missing
+from secateur.runtime.compiled import STORED, compiled, matrix_of, two_of_four
 from secateur.runtime.kernel import Matrix, Path, path_of
-from secateur.storage import kernels
-from secateur.storage.kernels import KERNELS, STORED, compiled, groups, matrix_of, two_of_four
-from secateur.storage.packed_linear import PackedLinear
+from secateur.runtime.packed_linear import PackedLinear
+from secateur.runtime.products import KERNELS, groups
 
 __all__ = ["computes_from", "has_own_kernel", "kernel_of", "kernel_words", "no_kernel", "weight_bytes"]
 
@@ -82,7 +83,7 @@ def _computing(layer: PackedLinear) -> str:
     if function is None:
         return f"none, {layer.format} is unpacked for every product"
     if layer.format == "nm":
-        told = kernels.CHOICES.told((layer.out_features, layer.in_features), layer.stored, device)
+        told = products.CHOICES.told((layer.out_features, layer.in_features), layer.stored, device)
         if told is not None:
             return told
     ours = function in (compiled, groups)

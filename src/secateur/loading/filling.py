@@ -15,10 +15,10 @@ from secateur.anatomy.layout import FileLayout
 from secateur.anatomy.mixture import mixture_of
 from secateur.anatomy.resolve import resolve
 from secateur.checkpoint.reader import Checkpoint
-from secateur.storage import kernels  # noqa: F401  (what computes from packed weights)
+from secateur.runtime import products  # noqa: F401  (what computes from packed weights)
+from secateur.runtime.packed_experts import PackedExperts, packed_experts
+from secateur.runtime.packed_linear import PackedLinear
 from secateur.storage.nm import GroupsInColumns
-from secateur.storage.packed_experts import PackedExperts, packed_experts
-from secateur.storage.packed_linear import PackedLinear
 
 __all__ = ["Filling"]
 

@@ -1,25 +1,20 @@
-"""Formats whose weights are multiplied as they lie, by what `runtime` has for their device, or by torch."""
+"""Products with the compiled kernel, of packed layers whose weights it knows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from secateur.runtime.build import library
 from secateur.runtime.kernel import Layout, Matrix, linear
-from secateur.runtime.semi_structured import Choices, fits
+from secateur.runtime.packed_linear import PackedLinear, unpack_and_multiply
 from secateur.storage.bitmask import row_offsets
-from secateur.storage.low_bit_linear import low_bit_linear
-from secateur.storage.packed_linear import KERNELS, PackedLinear, unpack_and_multiply
 
-__all__ = ["KERNELS", "MATRICES", "compiled", "groups", "matrix_of", "product", "two_of_four"]
+__all__ = ["MATRICES", "STORED", "compiled", "matrix_of", "product", "same_numbers", "two_of_four"]
 
 STORED = (torch.bfloat16, torch.float16)
-CHOICES = Choices()
-"""Of this process, for 2:4 on CUDA devices."""
 AsMatrix = Callable[[Mapping[str, Tensor], tuple[int, int]], Matrix | None]
 
 
@@ -58,41 +53,6 @@ def matrix_of(packed: PackedLinear, format: str, parts: Mapping[str, Tensor]) ->
     return matrix
 
 
-def groups(packed: PackedLinear, inputs: Tensor) -> Tensor:
-    """`compiled`, or the product with a semi-structured tensor of torch where 2:4 lies on a CUDA device."""
-    sparse = _semi_structured(packed, inputs)
-    if sparse is None:
-        return compiled(packed, inputs)
-    outputs = nn.functional.linear(inputs.reshape(-1, packed.in_features), sparse, packed.bias)
-    return outputs.view(*inputs.shape[:-1], packed.out_features)
-
-
-@dataclass(frozen=True)
-class _OnDevice:
-    """A semi-structured weight, and the part that it was made of, now in the memory of the host."""
-
-    values: Tensor
-    weight: Tensor
-
-
-def _semi_structured(packed: PackedLinear, inputs: Tensor) -> Tensor | None:
-    shape = packed.out_features, packed.in_features
-    known = packed.prepared
-    if not (_same_numbers(packed, inputs) and inputs.dtype == packed.stored and inputs.numel()):
-        return None
-    if isinstance(known, _OnDevice) and known.values is packed.parts["values"]:
-        return known.weight
-    if not two_of_four(packed.parts["values"].shape, shape[1]) or not fits(
-        shape, inputs.dtype, inputs.device
-    ):
-        return None
-    found = CHOICES.sparse(shape, inputs.reshape(-1, shape[1]), packed.unpacked)
-    if found is not None:
-        packed.move_parts("cpu")  # the device need not hold the weight twice
-        packed.prepared = _OnDevice(packed.parts["values"], found)
-    return found
-
-
 def _from_bitmask(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix:
     mask = parts["mask"]
     return Matrix(shape, Layout.BITMASK, mask.contiguous(), parts["values"], row_offsets(mask))
@@ -118,10 +78,10 @@ def two_of_four(values: tuple[int, ...], columns: int) -> bool:
 
 def _applies(packed: PackedLinear, inputs: Tensor) -> bool:
     known = inputs.dtype == torch.float32 or inputs.dtype == packed.stored
-    return inputs.is_cpu and known and _same_numbers(packed, inputs)
+    return inputs.is_cpu and known and same_numbers(packed, inputs)
 
 
-def _same_numbers(packed: PackedLinear, inputs: Tensor) -> bool:
+def same_numbers(packed: PackedLinear, inputs: Tensor) -> bool:
     """Whether a kernel's product may stand for that of torch: no cast, gradient or transformation is due."""
     weight = packed.weight
     return (
@@ -136,6 +96,3 @@ def _same_numbers(packed: PackedLinear, inputs: Tensor) -> bool:
 
 def _needs_gradients(packed: PackedLinear, inputs: Tensor) -> bool:
     return inputs.requires_grad or (packed.bias is not None and packed.bias.requires_grad)
-
-
-KERNELS.update({"bitmask": compiled, "nm": groups, "low-bit": low_bit_linear})

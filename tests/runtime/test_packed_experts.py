@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
+from secateur.loading.quantizer import SecateurQuantizationConfig
+from secateur.runtime.packed_experts import PackedExperts
 from secateur.storage.low_bit import LowBit
-from secateur.storage.packed_experts import PackedExperts
-from secateur.storage.quantizer import SecateurQuantizationConfig
 
 IDS = torch.arange(5, 45).view(2, 20)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     # it imports models, which are not there yet when transformers asks for quantizers
-    from secateur.storage.filling import Filling
+    from secateur.loading.filling import Filling
 
 __all__ = ["SecateurQuantizationConfig", "SecateurQuantizer"]
 
@@ -92,7 +92,7 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from secateur.storage.filling import Filling
+        from secateur.loading.filling import Filling
 
         if not checkpoint_files:
             raise CheckpointError("packed weights without files", "the folder or hub id of a checkpoint")
