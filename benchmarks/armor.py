@@ -254,6 +254,8 @@ def main() -> None:
         try:
             found.append((line, [bench.run(line, seed) for seed in range(line.seeds)]))
         except RecipeError as error:
+            if line.method in PLAIN:
+                raise SystemExit(str(error)) from error  # no line would run
             print(f"{line.method} {named(line.options)}: {error}", flush=True)
     plain = {
         line.method: statistics.fmean(run.perplexity for run in runs)
@@ -269,9 +271,9 @@ def main() -> None:
     notes = (
         f"{bench.folder.name}, dense perplexity {dense:.2f}, on {bench.tested} windows of {arguments.length} "
         f"tokens of {test.parent.name}/{test.name}; {arguments.samples} windows of {calibration.name} for "
-        f"calibration, other ones for every seed. Mean over {arguments.seeds} seeds, in brackets half the "
-        "range; no brackets: one seed. Extra: numbers beside those of the sparse part, as a share of the "
-        "matrices. Back: the share of the way to the dense perplexity, from nowag-p and from the best "
+        f"calibration, other ones for every seed. Mean over {arguments.seeds} seeds, in brackets their range; "
+        "no brackets: one seed, or none differ. Extra: numbers beside those of the sparse part, as a share "
+        "of the matrices. Back: the share of the way to the dense perplexity, from nowag-p and from the best "
         "without extra numbers. Error: in ARMOR's measure, mean over matrices and seeds, beside that of "
         "nowag-p for the matrices and inputs that this line saw. Seconds: of one processor core, all told."
     )
