@@ -271,7 +271,7 @@ def main() -> None:
     notes = (
         f"{bench.folder.name}, dense perplexity {dense:.2f}, on {bench.tested} windows of {arguments.length} "
         f"tokens of {test.parent.name}/{test.name}; {arguments.samples} windows of {calibration.name} for "
-        f"calibration, other ones for every seed. Mean over {arguments.seeds} seeds, in brackets their range; "
+        f"calibration, other ones for every seed. Mean over {arguments.seeds} seeds, in brackets the range; "
         "no brackets: one seed, or none differ. Extra: numbers beside those of the sparse part, as a share "
         "of the matrices. Back: the share of the way to the dense perplexity, from nowag-p and from the best "
         "without extra numbers. Error: in ARMOR's measure, mean over matrices and seeds, beside that of "
