@@ -54,22 +54,26 @@ def packed(weight: Tensor, format: str = "bitmask") -> Matrix:
     return matrix
 
 
-def whole(kernel: ctypes.CDLL, matrix: Matrix, path: Path | None = None) -> Tensor:
+def whole(
+    kernel: ctypes.CDLL, matrix: Matrix, path: Path | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """All tiles as one matrix."""
-    return torch.cat([tile.clone() for _, tile in tiles(kernel, matrix, path)])
+    return torch.cat([tile.clone() for _, tile in tiles(kernel, matrix, dtype, path)])
 
 
 def check_path(
     kernel: ctypes.CDLL, weight: Tensor, matrix: Matrix, rows: int, path: Path, seed: int = 0
 ) -> None:
     """Float32 sums of exact products, of x in float32 and bfloat16: a bound on their rounding, far below that
-    of bfloat16. Tiles are the weight, bit for bit."""
+    of bfloat16. Tiles are the weight, bit for bit, in its dtype and in float32."""
     wide = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(seed))
     for x in (wide, wide.bfloat16()):
         expected = x.double() @ weight.double().T
         bound = 1e-6 * (x.double().abs() @ weight.double().abs().T) + 1e-12
         assert ((multiply(kernel, matrix, x, path) - expected).abs() <= bound).all(), (path, x.dtype)
     assert whole(kernel, matrix, path).view(torch.int16).equal(weight.view(torch.int16)), path
+    wide = whole(kernel, matrix, path, torch.float32)
+    assert wide.view(torch.int32).equal(weight.float().view(torch.int32)), path
 
 
 def fenced(matrix: Matrix) -> Matrix:

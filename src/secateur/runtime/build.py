@@ -33,7 +33,7 @@ _MATRIX = (_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT)
 _ARGUMENTS = {
     "secateur_path": (),
     "secateur_multiply": (*_MATRIX, _INT, _INT, _POINTER, _LONG, _POINTER, _INT, _INT),
-    "secateur_unpack": (*_MATRIX, _LONG, _LONG, _POINTER, _INT, _INT),
+    "secateur_unpack": (*_MATRIX, _INT, _LONG, _LONG, _POINTER, _INT, _INT, _INT),
 }
 
 

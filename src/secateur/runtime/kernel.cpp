@@ -255,6 +255,12 @@ AVX2 void unpack_vector(const Matrix& w, int64_t row, int64_t last, uint16_t* ou
     }
     unpack_portable(w, row, last, out);
 }
+
+AVX2 void widen_half(const uint16_t* from, int64_t count, float* out) {
+    int64_t at = 0;
+    for (; at + STEP <= count; at += STEP) _mm256_storeu_ps(out + at, _mm256_cvtph_ps(load_eight(from + at)));
+    for (; at < count; ++at) out[at] = widened(from[at], true);
+}
 #endif
 
 // ---- AVX-512 with VBMI2: an expand puts the next values where the bits of a mask are ----
@@ -414,6 +420,15 @@ Unpack unpack_for(const Matrix& w, int path) {
     return unpack_portable;
 }
 
+void widen_row(const Matrix& w, const uint16_t* from, float* out, int path) {
+#ifdef HAS_AVX2
+    if (path >= VECTOR && w.half) return widen_half(from, w.columns, out);
+#else
+    (void)path;
+#endif
+    for (int64_t column = 0; column < w.columns; ++column) out[column] = widened(from[column], w.half);
+}
+
 // Owns a batch of x as the paths read it.
 class Arranged {
   public:
@@ -497,13 +512,21 @@ void secateur_multiply(int64_t rows, int64_t columns, const uint8_t* codes, cons
     }
 }
 
-// Rows [first, last) of W as they were before packing: out (last - first, columns).
+// Rows [first, last) of W: out (last - first, columns), as they were before packing or, if `wide`, in float32.
 void secateur_unpack(int64_t rows, int64_t columns, const uint8_t* codes, const uint16_t* values,
-                     const int64_t* offsets, int layout, int64_t first, int64_t last, uint16_t* out, int threads,
-                     int path) {
-    const Matrix w{rows, columns, (columns + 7) / 8, codes, values, offsets, Layout(layout), false};
+                     const int64_t* offsets, int layout, int half, int64_t first, int64_t last, void* out, int wide,
+                     int threads, int path) {
+    const Matrix w{rows, columns, (columns + 7) / 8, codes, values, offsets, Layout(layout), half != 0};
     const Unpack unpack = unpack_for(w, path);
-    for_blocks(first, last, threads,
-               [&](int64_t from, int64_t to) { unpack(w, from, to, out + (from - first) * columns); });
+    for_blocks(first, last, threads, [&](int64_t from, int64_t to) {
+        const int64_t begin = (from - first) * columns;
+        if (!wide) return unpack(w, from, to, static_cast<uint16_t*>(out) + begin);
+        std::vector<uint16_t> row_of_w(columns);  // of the cache, until it is widened
+        float* next = static_cast<float*>(out) + begin;
+        for (int64_t row = from; row < to; ++row, next += columns) {
+            unpack(w, row, row + 1, row_of_w.data());
+            widen_row(w, row_of_w.data(), next, path);
+        }
+    });
 }
 }

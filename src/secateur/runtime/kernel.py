@@ -20,8 +20,9 @@ HIGHEST = "SECATEUR_KERNEL"
 
 MOST_ROWS = 16
 """With more rows of x, unpacking and the ordinary product take less time."""
-TILE = 1 << 20
-"""Elements that are unpacked at once: they stay in the cache until they are used."""
+TILE, TILE_ROWS = 1 << 20, 256
+"""Elements that are unpacked at once, so that they stay in the cache until they are used, unless they are
+fewer rows than these, with which torch's product is slow."""
 ALONE = 1 << 16
 """Elements below which waking other threads takes longer than the work."""
 
@@ -111,9 +112,9 @@ def _by_tiles(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor 
     outputs = inputs.new_empty((len(inputs), matrix.shape[0]))
     dtype = torch.float32 if kernel.secateur_path() in WITHOUT_16_BITS else inputs.dtype
     x, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
-    for first, tile in tiles(kernel, matrix):
+    for first, tile in tiles(kernel, matrix, dtype):
         part = slice(first, first + len(tile))
-        outputs[:, part] = nn.functional.linear(x, tile.to(dtype), None if bias is None else bias[part])
+        outputs[:, part] = nn.functional.linear(x, tile, None if bias is None else bias[part])
     return outputs
 
 
@@ -129,18 +130,27 @@ def multiply(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, path: Path | N
     return outputs
 
 
-def tiles(kernel: ctypes.CDLL, matrix: Matrix, path: Path | None = None) -> Iterator[tuple[int, Tensor]]:
+def tiles(
+    kernel: ctypes.CDLL, matrix: Matrix, dtype: torch.dtype | None = None, path: Path | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """The matrix as it was before packing, some rows at a time: the first of them, and (some, columns).
 
     All tiles are the same memory: use one before asking for the next.
+
+    Args:
+        dtype: float32, or that of the matrix.
     """
     path = path_of(kernel) if path is None else path
     rows, columns = matrix.shape
-    some = min(max(TILE // max(columns, 1), 1), rows)
-    tile = matrix.values.new_empty((some, columns))
+    stored = matrix.values.dtype
+    half, wide = stored == torch.float16, dtype not in (None, stored)
+    some = min(max(TILE // max(columns, 1), TILE_ROWS), rows)
+    tile = matrix.values.new_empty((some, columns), dtype=torch.float32 if wide else stored)
     for first in range(0, rows, some):
         last = min(first + some, rows)
-        kernel.secateur_unpack(*matrix.arguments(), first, last, tile.data_ptr(), _threads(matrix), path)
+        kernel.secateur_unpack(
+            *matrix.arguments(), half, first, last, tile.data_ptr(), wide, _threads(matrix), path
+        )
         yield first, tile[: last - first]
 
 
