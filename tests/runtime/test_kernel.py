@@ -114,6 +114,7 @@ def test_zero_times_infinity_is_that_of_a_dense_layer(kernel: ctypes.CDLL) -> No
 def test_linear(kernel: ctypes.CDLL, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On both sides of the threshold, in several tiles, with a bias and axes before the last."""
     monkeypatch.setattr(runtime, "TILE", 300)
+    monkeypatch.setattr(runtime, "TILE_ROWS", 4)
     stored = torch.bfloat16 if dtype == torch.float32 else dtype
     weight, bias = sparse(21, 50, 0.5, stored), torch.linspace(-1, 1, 21).to(dtype)
     inputs = torch.randn(rows, 1, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
