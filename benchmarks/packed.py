@@ -107,10 +107,10 @@ def speed(own: list[dict[str, Any]], dense: list[dict[str, Any]], phase: str) ->
     pairs = [(one[phase], other[phase]) for one, other in zip(own, dense, strict=True) if one[phase]]
     if not pairs:
         return "", ""
-    return spread([one for one, _ in pairs], 1), spread([one / other for one, other in pairs], 2)
+    return middle_of([one for one, _ in pairs], 1), middle_of([one / other for one, other in pairs], 2)
 
 
-def spread(values: list[float], digits: int) -> str:
+def middle_of(values: list[float], digits: int) -> str:
     middle, low, high = (
         f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values))
     )

@@ -17,6 +17,7 @@ from secateur.pipeline.opened import open_model
 from secateur.report.model import Report
 from secateur.report.verdict import rows, verdict
 from secateur.runtime import build, compiled, facts, products
+from secateur.runtime.packed_experts import PackedExperts
 from secateur.runtime.packed_linear import PackedLinear, unpack_and_multiply
 
 CPU = torch.device("cpu")
@@ -147,10 +148,34 @@ def test_factors_save_memory_and_no_time(tmp_path: Path) -> None:
     assert facts.kernel_of(opened.load(torch.float32, CPU, packed=True)) == "that of armor"
 
 
-def test_routed_experts_are_unpacked_for_every_product(tmp_path: Path) -> None:
+def test_experts_that_are_stored_one_by_one_are_kept_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernel_or_skip()
     opened = tiny("mixtral", tmp_path, format="bitmask")
-    assert why_unpacked(opened, torch.float32, CPU) == fastest.UNPACKED
+    assert why_unpacked(opened, torch.float32, CPU) is None
+    model = load_fastest(opened, torch.float32, CPU).model
+    shapes: list[tuple[int, int]] = []
+    real = compiled.linear
+    monkeypatch.setattr(
+        compiled,
+        "linear",
+        lambda kernel, matrix, *rest: shapes.append(matrix.shape) or real(kernel, matrix, *rest),
+    )
+    with torch.no_grad():
+        model(torch.arange(5, 9)[None])
+    experts = [
+        layer for module in model.modules() if isinstance(module, PackedExperts) for layer in module.modules()
+    ]
+    ours = {(layer.out_features, layer.in_features) for layer in experts if isinstance(layer, PackedLinear)}
+    assert ours
+    assert ours <= set(shapes)
+
+
+def test_experts_in_one_tensor_are_unpacked_while_loading(tmp_path: Path) -> None:
+    kernel_or_skip()
+    opened = tiny("gpt_oss", tmp_path, format="bitmask")
+    assert why_unpacked(opened, torch.float32, CPU) == facts.TAKEN
 
 
 def test_transposed_matrices_are_unpacked_in_other_formats_than_nm(tmp_path: Path) -> None:

@@ -14,22 +14,7 @@ import secateur
 from secateur.runtime import compiled, facts
 from secateur.runtime.packed_linear import PackedLinear
 
-from .matrices import kernel_or_skip, linear_of, sparse, two_of_four
-
-
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of x of every call of the kernel."""
-    kernel_or_skip()
-    rows: list[int] = []
-
-    def watched(kernel: Any, matrix: Any, inputs: Any, bias: Any) -> Any:
-        rows.append(inputs.numel() // inputs.shape[-1])
-        return real(kernel, matrix, inputs, bias)
-
-    real = compiled.linear
-    monkeypatch.setattr(compiled, "linear", watched)
-    return rows
+from .matrices import linear_of, sparse, two_of_four
 
 
 @pytest.mark.parametrize(

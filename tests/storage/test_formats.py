@@ -107,6 +107,16 @@ def test_groups_in_columns_need_columns() -> None:
         GroupsInColumns.check(parts, "w", (48,))
 
 
+def test_the_largest_groups() -> None:
+    weight = torch.zeros(2, 510)
+    weight[:, ::255] = 1
+    assert Packed.of(weight, "nm", of=255, keep=1).unpack().equal(weight)
+    with pytest.raises(InputError, match="at most 128"):
+        Packed.of(torch.ones(2, 255), "nm", of=255, keep=128)
+    with pytest.raises(InputError, match="at most 255"):
+        Packed.of(torch.ones(2, 256), "nm", of=256)
+
+
 def test_strided_weights() -> None:
     weight = with_zeros((16, 12), torch.float32, 0.5).T
     assert same_bits(Packed.of(weight, "bitmask").unpack(), weight)

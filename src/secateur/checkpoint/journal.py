@@ -59,7 +59,7 @@ class Journal:
             raise ResumeError(
                 f"the unfinished run in {self.folder.parent} is another one ({', '.join(differing)})",
                 "the same model, recipe and version",
-                "repeat the first command with --resume or choose another folder",
+                "repeat the first command (prune and recover: with --resume) or choose another folder",
             )
 
     def save(self) -> None:

@@ -55,6 +55,7 @@ class Format(ABC):
     Class variables:
         id: name on the command line, in config.json and in the files.
         parts: the parts that a packed tensor of this format always has.
+        typed: those parts that are of the dtype of the tensor.
         exact: `unpack` gives back what `pack` was given; others are for methods that round.
         others: formats that serve tensors which this one does not make smaller, where this one is asked for.
         variant: it is among the `others` of a format, and not asked for by itself.
@@ -62,6 +63,7 @@ class Format(ABC):
 
     id: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    typed: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = True
     others: ClassVar[tuple[str, ...]] = ()
     variant: ClassVar[bool] = False
@@ -169,7 +171,10 @@ class Packed:
                 raise refused(name, f"{name}.{part} is missing")
         if expected.tolist() != [_checksum(parts)]:
             raise refused(name, "the bytes of its parts do not have the checksum that was stored")
-        shape = tuple(stored[name].shape[:-1])
+        shape, dtype = tuple(stored[name].shape[:-1]), stored[name].dtype
+        for part in FORMATS.get(format).typed:
+            if part in parts and parts[part].dtype != dtype:
+                raise refused(name, f"{name}.{part} is {parts[part].dtype} in place of {dtype}")
         FORMATS.get(format).check(parts, name, shape)
         return cls(format, shape, stored[name].dtype, parts)
 

@@ -34,11 +34,12 @@ class SecateurQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         mode: `dense` unpacks while loading; `packed` keeps the matrices of linear layers packed in memory and
-            unpacks one at a time in the forward pass.
-        version, format, formats: of the files (docs/compressed-files.md); not to be given when loading.
+            computes from them, or unpacks one at a time where nothing does.
+        version, format, formats, quant_method: of the files (docs/compressed-files.md); not to be given when
+            loading.
 
     Raises:
-        InputError: another mode, or a version of the layout that is not known.
+        InputError: another mode or option, or a version of the layout that is not known.
 
     >>> how = secateur.SecateurQuantizationConfig(mode="packed")  # doctest: +SKIP
     >>> AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)  # doctest: +SKIP
@@ -50,12 +51,15 @@ class SecateurQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: int = VERSION,
         format: str = "bitmask",
         formats: dict[str, str] | None = None,
-        **_: Any,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise InputError(f"option {', '.join(map(repr, sorted(unknown)))}", "mode")
         if mode not in ("dense", "packed"):
             raise InputError(f"mode {mode!r}", "dense or packed")
         require_version("the quantization_config", version)
-        self.quant_method: Any = QUANT_METHOD
+        self.quant_method: Any = quant_method
         self.mode, self.version, self.format, self.formats = mode, version, format, formats or {}
 
     @property

@@ -12,7 +12,7 @@ from secateur.runtime.facts import computes_from, has_own_kernel, kernel_of, no_
 
 __all__ = ["UNPACKED", "Loaded", "load_fastest", "why_unpacked"]
 
-UNPACKED = "most of them are routed experts, or stored transposed in another format than nm"
+UNPACKED = "most of them are stored transposed in another format than nm"
 """Weights from which nothing computes, whatever the kernel takes."""
 
 
@@ -54,13 +54,11 @@ def why_unpacked(opened: Opened, dtype: torch.dtype, device: torch.device) -> st
 
 
 def _unpacked(opened: Opened) -> set[str]:
-    """Names on disk of routed experts, and of matrices that are stored transposed and packed as they lie."""
+    """Names on disk of matrices that are stored transposed and packed as they lie."""
     formats, names = opened.checkpoint.formats, set[str]()
     for block in opened.anatomy.blocks:
         for matrix in block.matrices:
             files = opened.layout.files_of(block.index, matrix.parameter)
-            if matrix.expert is not None:
-                names.update(files)
-            elif matrix.transposed:
+            if matrix.transposed:
                 names.update(name for name in files if formats.get(name) != "nm-columns")
     return names

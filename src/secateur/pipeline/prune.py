@@ -33,6 +33,7 @@ from secateur.pipeline.ways.table import (
 )
 from secateur.recipe import Recipe
 from secateur.report.model import Report, Stage
+from secateur.runtime.kernel import highest_path
 from secateur.storage.packer import packer_for
 
 __all__ = ["prune_checkpoint"]
@@ -69,6 +70,7 @@ def prune_checkpoint(
     """
     started = time.perf_counter()
     recipe = recipe.validated()
+    highest_path()
     opened = open_model(recipe.model)
     dense = dense or opened
     method = checked_method(opened, recipe)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.core.transforms import runs_as_called
+
 __all__ = ["pack_codes", "row_bytes", "unpack_codes"]
 
 LOOKED_UP = (1, 2, 3, 4, 6)
@@ -36,7 +38,7 @@ def unpack_codes(stream: Tensor, bits: int, columns: int) -> Tensor:
     count, width = _unit(bits)
     if bits == 8:
         return stream[..., :columns].contiguous()
-    if bits in LOOKED_UP and stream.is_cpu:
+    if bits in LOOKED_UP and stream.is_cpu and runs_as_called():
         return _looked_up(stream, bits, columns)
     word = _in_units(stream, width)
     if width > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from secateur.core.factored import times_right
@@ -17,11 +18,13 @@ def armor_linear(packed: PackedLinear, inputs: Tensor) -> Tensor:
 
     S is multiplied by as it lies in memory where the kernel can, else unpacked.
     """
+    if inputs.dtype != packed.weight.dtype and not torch.is_autocast_enabled(inputs.device.type):
+        raise RuntimeError(f"inputs of {inputs.dtype} for a layer of {packed.weight.dtype}")
     left, right = (packed.parts[name].to(inputs.dtype) for name in FactoredFormat.parts)
     inner = times_right(inputs.reshape(-1, packed.in_features), right.mT)
     outer = times_right(_times_core(packed, inner), left.mT)
     outer = outer.view(*inputs.shape[:-1], packed.out_features)
-    return outer if packed.bias is None else outer + packed.bias
+    return outer if packed.bias is None else outer + packed.bias.to(outer.dtype)
 
 
 def _times_core(packed: PackedLinear, inner: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ __all__ = ["NoKernelError", "cache_folder", "kept_file", "library", "why_missing
 SOURCE = Path(__file__).with_name("kernel.cpp")
 COMPILE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
 COMPILERS = ("g++", "c++")
+WHOLE = b"secateur"
+"""Behind a library that was written to its end: to load one that was cut short would kill the process."""
 SECONDS = 300
 """Longest build that is waited for."""
 
@@ -62,8 +64,11 @@ def why_missing() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where the kernel is kept: `secateur` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+    """Where the kernel is kept: `secateur` in `$XDG_CACHE_HOME` or `~/.cache`. Raises `NoKernelError`."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+    except RuntimeError as error:
+        raise NoKernelError(f"nowhere to keep the compiled kernel ({error}); set XDG_CACHE_HOME") from error
 
 
 def kept_file() -> Path:
@@ -77,10 +82,10 @@ def _open_or_build() -> ctypes.CDLL:
     if sys.platform != "linux":
         raise NoKernelError(f"packed weights are computed with on Linux only, not on {sys.platform}")
     kept = kept_file()
-    if kept.is_file():
+    if kept.is_file() and kept.read_bytes().endswith(WHOLE):
         try:
             return _open(kept)
-        except OSError:  # of another machine with the same home, or damaged
+        except (OSError, AttributeError):  # of another machine with the same home, or something else
             pass
     return _build(kept)
 
@@ -97,6 +102,10 @@ def _build(kept: Path) -> ctypes.CDLL:
             part = made.with_suffix(".o")
             _run(compiler, *COMPILE, "-c", str(SOURCE), "-o", str(part))
             _run(compiler, "-shared", str(part), "-o", str(made))
+            with made.open("ab") as file:
+                file.write(WHOLE)
+                file.flush()
+                os.fsync(file.fileno())
             opened = _open(made)
             os.replace(made, kept)
             return opened

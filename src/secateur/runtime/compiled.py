@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.runtime.build import library
 from secateur.runtime.kernel import Layout, Matrix, linear
-from secateur.runtime.packed_linear import PackedLinear, unpack_and_multiply
+from secateur.runtime.packed_linear import PackedLinear, same_numbers, unpack_and_multiply
 from secateur.storage.bitmask import row_offsets
 
-__all__ = ["MATRICES", "STORED", "compiled", "matrix_of", "product", "same_numbers", "two_of_four"]
+__all__ = ["MATRICES", "STORED", "compiled", "matrix_of", "product", "two_of_four"]
 
 STORED = (torch.bfloat16, torch.float16)
 AsMatrix = Callable[[Mapping[str, Tensor], tuple[int, int]], Matrix | None]
@@ -35,14 +35,15 @@ def product(
     weight or one of its factors; None where the kernel does not compute and W must be unpacked."""
     if not _applies(packed, inputs):
         return None
-    kernel, matrix = library(), matrix_of(packed, format, parts)
+    kernel = library()
+    matrix = None if kernel is None else matrix_of(packed, format, parts)
     return None if kernel is None or matrix is None else linear(kernel, matrix, inputs, bias)
 
 
 def matrix_of(packed: PackedLinear, format: str, parts: Mapping[str, Tensor]) -> Matrix | None:
     """The parts of a matrix as the kernel takes them; None for a pattern or dtype that it does not know.
 
-    Kept with the module until the parts are others (after a move to another device and back).
+    Kept with the module until its parts are others.
     """
     known = packed.prepared
     if isinstance(known, Matrix) and known.values is parts["values"]:
@@ -55,7 +56,7 @@ def matrix_of(packed: PackedLinear, format: str, parts: Mapping[str, Tensor]) ->
 
 def _from_bitmask(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix:
     mask = parts["mask"]
-    return Matrix(shape, Layout.BITMASK, mask.contiguous(), parts["values"], row_offsets(mask))
+    return Matrix(shape, Layout.BITMASK, mask.contiguous(), parts["values"].contiguous(), row_offsets(mask))
 
 
 def _from_groups(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix | None:
@@ -63,12 +64,14 @@ def _from_groups(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Matrix 
     if not two_of_four(parts["values"].shape, columns):
         return None
     offsets = torch.arange(rows + 1, dtype=torch.int64) * (columns // 2)
-    return Matrix(shape, Layout.TWO_OF_FOUR, parts["indices"].contiguous(), parts["values"], offsets)
+    return Matrix(
+        shape, Layout.TWO_OF_FOUR, parts["indices"].contiguous(), parts["values"].contiguous(), offsets
+    )
 
 
 MATRICES: dict[str, AsMatrix] = {"bitmask": _from_bitmask, "nm": _from_groups}
-"""By format: its parts as a matrix of the kernel, which shares their memory. All that a format needs to have
-its products, or those of a factor that it packs, computed by the kernel (`product`)."""
+"""By format: its parts as a matrix of the kernel, which shares their memory. With `compiled` in `KERNELS`
+that is all that a format needs to be computed with; `product` serves formats of several factors."""
 
 
 def two_of_four(values: tuple[int, ...], columns: int) -> bool:
@@ -79,20 +82,3 @@ def two_of_four(values: tuple[int, ...], columns: int) -> bool:
 def _applies(packed: PackedLinear, inputs: Tensor) -> bool:
     known = inputs.dtype == torch.float32 or inputs.dtype == packed.stored
     return inputs.is_cpu and known and same_numbers(packed, inputs)
-
-
-def same_numbers(packed: PackedLinear, inputs: Tensor) -> bool:
-    """Whether a kernel's product may stand for that of torch: no cast, gradient or transformation is due."""
-    weight = packed.weight
-    return (
-        inputs.device == weight.device
-        and inputs.dtype == weight.dtype
-        and not (torch.is_grad_enabled() and _needs_gradients(packed, inputs))
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(inputs.device.type)
-        and type(inputs) in (Tensor, nn.Parameter)
-    )
-
-
-def _needs_gradients(packed: PackedLinear, inputs: Tensor) -> bool:
-    return inputs.requires_grad or (packed.bias is not None and packed.bias.requires_grad)

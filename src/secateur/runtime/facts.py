@@ -20,7 +20,7 @@ UNPACKING = ("armor", "low-bit")
 """Formats whose kernels save memory, not time."""
 WORDS = {"low-bit": "torch, from the bytes for few tokens at a time"}
 """What other kernels than the compiled one are."""
-TAKEN = "the kernel takes 16-bit weights in bitmask or 2:4, computing in float32 or their own dtype"
+TAKEN = "the kernel takes 16-bit matrices, one a tensor, in bitmask or 2:4, in float32 or their own dtype"
 NAMES = {
     Path.PORTABLE: "without AVX2",
     Path.AVX2: "AVX2",
@@ -88,7 +88,8 @@ def _computing(layer: PackedLinear) -> str:
             return told
     ours = function in (compiled, groups)
     if not (ours or isinstance(layer.prepared, Matrix)):
-        return WORDS.get(layer.format, f"that of {layer.format}")
+        on_cpu = WORDS.get(layer.format) if device.type == "cpu" else None
+        return on_cpu or f"that of {layer.format}"
     words = kernel_words() if device.type == "cpu" else None
     if device.type == "cpu" and words is None:
         return f"none, packed weights are unpacked for every product: {why_missing()}"

@@ -13,13 +13,24 @@ from torch import Tensor, nn
 
 from secateur.core.errors import InputError
 
-__all__ = ["HIGHEST", "MOST_ROWS", "Layout", "Matrix", "Path", "linear", "multiply", "path_of", "tiles"]
+__all__ = [
+    "HIGHEST",
+    "MOST_ROWS",
+    "Layout",
+    "Matrix",
+    "Path",
+    "highest_path",
+    "linear",
+    "multiply",
+    "path_of",
+    "tiles",
+]
 
 HIGHEST = "SECATEUR_KERNEL"
 """Environment variable that names the highest path to take (`avx2`): to compare them, or to avoid one."""
 
 MOST_ROWS = 32
-"""With more rows of x, unpacking and the ordinary product take less time: from 36 on with AVX2."""
+"""With more rows of x, unpacking and the ordinary product take less time (measured with AVX2)."""
 TILE, TILE_ROWS = 1 << 20, 256
 """Elements that are unpacked at once, so that they stay in the cache until they are used, unless they are
 fewer rows than these, with which torch's product is slow."""
@@ -51,8 +62,9 @@ class Path(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
-WITHOUT_16_BITS = (Path.AVX2, Path.AVX512)
-"""Processors on which torch's products in 16 bits take several times as long as those in float32."""
+ARITHMETIC = {Path.AVX512_BF16: torch.bfloat16}
+"""Dtypes of 16 bits that processors compute in: elsewhere torch's products in them take several times as long
+as those in float32."""
 
 
 def path_of(kernel: ctypes.CDLL) -> Path:
@@ -61,13 +73,16 @@ def path_of(kernel: ctypes.CDLL) -> Path:
     Raises:
         InputError: the variable names no path.
     """
-    best, asked = Path(kernel.secateur_path()), os.environ.get(HIGHEST)
-    if not asked:
-        return best
+    return min(Path(kernel.secateur_path()), highest_path())
+
+
+def highest_path() -> Path:
+    """What `$SECATEUR_KERNEL` allows. Raises `InputError`: it names no path."""
+    asked = os.environ.get(HIGHEST)
     labels = {path.label: path for path in Path}
-    if asked not in labels:
+    if asked and asked not in labels:
         raise InputError(f"{HIGHEST}={asked}", f"one of {', '.join(labels)}")
-    return min(best, labels[asked])
+    return labels[asked] if asked else max(Path)
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,7 @@ def linear(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | N
 
 def _by_tiles(kernel: ctypes.CDLL, matrix: Matrix, inputs: Tensor, bias: Tensor | None) -> Tensor:
     outputs = inputs.new_empty((len(inputs), matrix.shape[0]))
-    dtype = torch.float32 if kernel.secateur_path() in WITHOUT_16_BITS else inputs.dtype
+    dtype = inputs.dtype if ARITHMETIC.get(kernel.secateur_path()) == inputs.dtype else torch.float32
     x, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
     for first, tile in tiles(kernel, matrix, dtype):
         part = slice(first, first + len(tile))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.quantise.products import byte_products, in_bytes
-from secateur.runtime.packed_linear import PackedLinear
+from secateur.runtime.packed_linear import PackedLinear, same_numbers
 from secateur.storage.low_bit import LowBit
 
 __all__ = ["low_bit_linear"]
@@ -34,9 +34,7 @@ def low_bit_linear(packed: PackedLinear, inputs: Tensor) -> Tensor:
 
 
 def _looks_up(packed: PackedLinear, parts: Mapping[str, Tensor], inputs: Tensor) -> bool:
-    if not (packed.weight.is_cpu and inputs.is_cpu) or torch.compiler.is_compiling():
-        return False
-    if (torch.is_grad_enabled() and inputs.requires_grad) or torch.is_autocast_enabled("cpu"):
+    if not (inputs.is_cpu and same_numbers(packed, inputs)):
         return False
     tokens, bits = inputs.numel() // packed.in_features, parts["layout"].tolist()[0]
     return 0 < tokens * bits < LOOKUPS and in_bytes(parts)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
+from secateur.core.transforms import runs_as_called
 from secateur.storage.formats import FORMATS, Packed
 
-__all__ = ["KERNELS", "Kernel", "PackedLinear", "unpack_and_multiply"]
+__all__ = ["KERNELS", "Kernel", "PackedLinear", "same_numbers", "unpack_and_multiply"]
 
 
 class PackedLinear(nn.Module):
@@ -39,7 +41,7 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(like.new_empty((*packed.shape, 0)), requires_grad=False)
         self.register_parameter("bias", bias)
         for name, part in packed.parts.items():
-            self.register_buffer(f"packed_{name}", part.to(like.device), persistent=False)
+            self.register_buffer(f"packed_{name}", part.to(like.device))
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -66,20 +68,37 @@ class PackedLinear(nn.Module):
 
     def move_parts(self, device: torch.device | str) -> None:
         """Keep the parts elsewhere than the layer computes."""
+        self.prepared = None
         for name, part in self.parts.items():
-            self.register_buffer(f"packed_{name}", part.to(device), persistent=False)
+            self._buffers[f"packed_{name}"] = part.to(device)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs). Raises `RuntimeError`, as a dense layer, for another last axis."""
+        if inputs.shape[-1] != self.in_features:
+            raise RuntimeError(f"inputs of shape {tuple(inputs.shape)} for {self}")
         return KERNELS.get(self.format, unpack_and_multiply)(self, inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move everything; of a cast take the dtype to compute in, and leave the parts as they are."""
-        kept = self.parts
+        self.prepared, kept = None, self.parts
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, part in self.parts.items():
             if part.dtype != kept[name].dtype:
                 self._buffers[f"packed_{name}"] = kept[name].to(part.device)
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take parts of any size, if together they are a weight of this shape. Raises `CheckpointError`."""
+        parts = {name: state_dict.get(f"{prefix}packed_{name}", part) for name, part in self.parts.items()}
+        shape = (self.out_features, self.in_features)
+        FORMATS.get(self.format).check(parts, f"{prefix}weight", shape)
+        self.prepared = None
+        for name, part in self.parts.items():
+            if part.shape != parts[name].shape:
+                self._buffers[f"packed_{name}"] = part.new_empty(parts[name].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -87,6 +106,24 @@ class PackedLinear(nn.Module):
 
 
 Kernel = Callable[[PackedLinear, Tensor], Tensor]
+
+
+def same_numbers(packed: PackedLinear, inputs: Tensor) -> bool:
+    """Whether a kernel's product may stand for that of torch: no cast, gradient or transformation is due."""
+    weight = packed.weight
+    return (
+        inputs.device == weight.device
+        and inputs.dtype == weight.dtype
+        and not (torch.is_grad_enabled() and _needs_gradients(packed, inputs))
+        and not torch.is_autocast_enabled(inputs.device.type)
+        and type(inputs) in (Tensor, nn.Parameter)
+        and runs_as_called()
+        and unpack_dual(inputs).tangent is None  # type: ignore[no-untyped-call]
+    )
+
+
+def _needs_gradients(packed: PackedLinear, inputs: Tensor) -> bool:
+    return inputs.requires_grad or (packed.bias is not None and packed.bias.requires_grad)
 
 
 def unpack_and_multiply(linear: PackedLinear, inputs: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from secateur.runtime.armor_linear import armor_linear
-from secateur.runtime.compiled import compiled, same_numbers, two_of_four
+from secateur.runtime.compiled import compiled, two_of_four
 from secateur.runtime.low_bit_linear import low_bit_linear
-from secateur.runtime.packed_linear import KERNELS, PackedLinear
+from secateur.runtime.packed_linear import KERNELS, PackedLinear, same_numbers
 from secateur.runtime.semi_structured import Choices, fits
 
 __all__ = ["CHOICES", "KERNELS", "groups"]

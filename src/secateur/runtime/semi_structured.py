@@ -93,9 +93,12 @@ class Choices:
         if not self._takes(key, unless=True):
             return None
         try:
-            sparse = convert(weight())
+            dense = weight()
+            sparse = convert(dense)
             if key not in self.known:
-                self.known[key] = _measured(self.timer, inputs, sparse, weight)
+                self.known[key] = _measured(self.timer, inputs, dense, sparse, weight)
+        except torch.OutOfMemoryError:  # of this moment; it says nothing of the shape
+            return None
         except RuntimeError as error:
             self.known[key] = str(error).partition("\n")[0]
         return sparse if self._takes(key) else None
@@ -110,8 +113,9 @@ class Choices:
         return found.sparse_is_quicker if isinstance(found, Seconds) else found is None and unless
 
 
-def _measured(timer: Timer, inputs: Tensor, sparse: Tensor, weight: Callable[[], Tensor]) -> Seconds:
-    dense = weight()
+def _measured(
+    timer: Timer, inputs: Tensor, dense: Tensor, sparse: Tensor, weight: Callable[[], Tensor]
+) -> Seconds:
     works = (
         lambda: nn.functional.linear(inputs, dense),
         lambda: nn.functional.linear(inputs, sparse),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from secateur.core.errors import InputError, RecipeError
@@ -18,14 +16,16 @@ class SparseLinear(PackedLinear):
     """Takes the place of an `nn.Linear` whose weight has zeros: they take neither memory nor, on a CPU with
     its kernel, time. No gradient reaches the weight; the bias is the very parameter of the layer.
 
-    Its `state_dict` has the packed parts, and is loaded into a layer with as many weights in the same format.
+    Its `state_dict` has the packed parts. Any layer of the same shape and format reads them, also one made of
+    a weight of zeros.
 
     Args:
         layer: a linear layer, on any device, of any floating dtype (the kernel takes 16 bits).
         format: `bitmask`, or `nm` for N:M patterns.
 
     Raises:
-        InputError: no linear layer, too few zeros to be smaller packed, or no N:M pattern for `nm`.
+        InputError: another module, also one derived from `nn.Linear`, which may compute otherwise; too few
+            zeros to be smaller packed, or no N:M pattern for `nm`.
         RecipeError: an unknown format, or one that rounds.
 
     >>> layer = nn.Linear(64, 64).bfloat16()
@@ -35,11 +35,13 @@ class SparseLinear(PackedLinear):
     """
 
     def __init__(self, layer: nn.Linear, format: str = "bitmask") -> None:
-        if not isinstance(layer, nn.Linear):
+        if type(layer) is not nn.Linear:
             raise InputError(f"a {type(layer).__name__}", "an nn.Linear")
         if not FORMATS.get(format).exact:
             raise RecipeError(f"format {format!r}, which rounds", "bitmask or nm")
         weight = layer.weight.detach()
+        if weight.is_meta:
+            raise InputError("a layer on the meta device", "one with a weight")
         packed = Packed.of(weight.cpu(), format)
         if packed.nbytes >= weight.nbytes:
             zeros = 1 - float(weight.count_nonzero()) / max(weight.numel(), 1)
@@ -49,10 +51,4 @@ class SparseLinear(PackedLinear):
                 "prune more of it, or leave the layer dense",
             )
         super().__init__(packed, weight, layer.bias)
-        for name, part in self.parts.items():
-            self.register_buffer(f"packed_{name}", part)
         self.train(layer.training)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.prepared = None
-        super()._load_from_state_dict(*args, **kwargs)

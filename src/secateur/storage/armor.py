@@ -36,6 +36,7 @@ class FactoredFormat(Format):
 
     id: ClassVar[str] = "armor"
     parts: ClassVar[tuple[str, ...]] = ("left", "right")
+    typed: ClassVar[tuple[str, ...]] = ("left", "right", "core_values")
     exact: ClassVar[bool] = False
 
     @classmethod

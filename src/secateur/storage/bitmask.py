@@ -41,6 +41,7 @@ class Bitmask(Format):
 
     id: ClassVar[str] = "bitmask"
     parts: ClassVar[tuple[str, ...]] = ("mask", "values")
+    typed: ClassVar[tuple[str, ...]] = ("values",)
 
     @classmethod
     def pack(cls, weight: Tensor, *, mask: Tensor | None = None, **_: Any) -> dict[str, Tensor]:

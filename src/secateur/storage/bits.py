@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import InputError
+from secateur.core.transforms import runs_as_called
 
 __all__ = ["as_matrix", "gather", "not_zero", "pack_bits", "rows_and_columns", "spread", "unpack_bits"]
 
@@ -43,7 +44,7 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_bits`: (r, columns) bool on the same device."""
-    if packed.device.type == "cpu":
+    if packed.device.type == "cpu" and runs_as_called():
         bits = np.unpackbits(packed.numpy(), axis=-1, count=columns, bitorder="little")
         return torch.from_numpy(bits).view(torch.bool)
     places = torch.arange(8, device=packed.device, dtype=torch.uint8)
@@ -64,7 +65,7 @@ def gather(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
     """The inverse of `gather`: a tensor of the shape of the mask, +0.0 where it is not set."""
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or not runs_as_called():
         return values.new_zeros(mask.shape).masked_scatter_(mask, values)
     table = np.concatenate([np.zeros(1, _integers(values).dtype), _integers(values)])
     flat, done = mask.contiguous().view(-1).numpy(), 0

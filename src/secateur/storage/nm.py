@@ -39,7 +39,7 @@ __all__ = ["GroupsInColumns", "GroupsOfM"]
 
 SIZES = (2, 4, 8, 16, 32)
 """Sizes of groups that are tried where none is given."""
-MOST = 256
+MOST = 255
 """The largest group: a place is a byte while it is computed with."""
 
 
@@ -49,6 +49,7 @@ class GroupsOfM(Format):
 
     id: ClassVar[str] = "nm"
     parts: ClassVar[tuple[str, ...]] = ("values", "indices")
+    typed: ClassVar[tuple[str, ...]] = ("values",)
     others: ClassVar[tuple[str, ...]] = ("nm-columns",)
 
     @classmethod
@@ -160,7 +161,7 @@ def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _width(size: int) -> int:
     """Bits of a place in a group."""
-    return max((size - 1).bit_length(), 1)
+    return max((int(size) - 1).bit_length(), 1)  # while torch traces, sizes are tensors
 
 
 def _counts(used: Tensor, size: int) -> Tensor:

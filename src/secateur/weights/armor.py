@@ -49,7 +49,9 @@ class Armor(WeightMethod):
 
     block: int = Field(128, ge=1, description="largest size of the blocks of A and B; it divides the matrix")
     overhead: float = Field(
-        0.3, gt=0, description="most numbers in A and B, of those of the matrix; blocks shrink until it holds"
+        0.3,
+        gt=0,
+        description="most numbers in A and B, of those of the matrix; blocks shrink towards it",
     )
     continuous: Literal["als", "adam", "gd"] = Field("als", description="how A, B and the values of S move")
     iterations: int | None = Field(None, ge=1, description="most rounds; empty: 60 of als, else 2500")

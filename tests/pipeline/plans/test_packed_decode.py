@@ -76,16 +76,21 @@ def test_whole_model() -> None:
     assert whole_model(0.5, 100, 100) == pytest.approx(2 / 3)
 
 
+def test_nothing_is_estimated_for_routed_experts(given: list[Any], tmp_path: Path) -> None:
+    facts = secateur.plan(save_tiny("mixtral", tmp_path / "model", dtype=torch.bfloat16), **HALF)
+    assert (facts["faster"], facts["decode_speedup"]) == (False, None)
+    assert not given
+
+
 @pytest.mark.parametrize(
     ("family", "dtype", "settings", "reason"),
     [
         ("llama", torch.float32, HALF, facts.TAKEN),
         ("llama", torch.bfloat16, {**TWO_OF_FOUR, "pattern": "4:8"}, facts.TAKEN),
         ("llama", torch.float16, {**HALF, "dtype": "bfloat16"}, facts.TAKEN),
-        ("mixtral", torch.bfloat16, HALF, UNPACKED),
         ("gpt2", torch.bfloat16, HALF, UNPACKED),
     ],
-    ids=["float32", "4:8", "another dtype", "experts", "transposed"],
+    ids=["float32", "4:8", "another dtype", "transposed"],
 )
 def test_no_promise_where_nothing_computes_from_the_weights(
     family: str,

@@ -25,6 +25,7 @@ __all__ = ["PackedDecode", "packed_decode", "probe", "whole_model"]
 
 LEAST = 1.1
 """Times as fast from which on a model is called faster: less is within what measurements vary."""
+EXPERTS = "Decoding is not estimated: most weights are routed experts, of which a token reads few."
 STREAM_BYTES = 1 << 28
 """Weights that a timed pass goes through, as decoding does: more than caches hold."""
 PROBE_ELEMENTS = 1 << 24
@@ -55,6 +56,8 @@ def packed_decode(opened: Opened, recipe: Recipe) -> PackedDecode:
     taken = [matrix for matrix in known if _stays_packed(matrix, recipe)]
     half = sum(matrix.size for matrix in matrices) / 2
     reason = no_kernel(device, taken=_size(known) > half)
+    if reason is None and _size([matrix for matrix in matrices if matrix.expert is not None]) > half:
+        return PackedDecode(EXPERTS)
     if reason is None and _size(taken) <= half:
         reason = UNPACKED
     if reason is not None:
@@ -126,11 +129,11 @@ def _read(opened: Opened) -> int:
 
 
 def _sparse(shape: tuple[int, int], pattern: Pattern, sparsity: float) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
     if pattern.kind == "n:m":  # which of the places are kept takes no time
         weight = torch.ones(shape)
         weight.view(shape[0], -1, pattern.of)[..., pattern.keep :] = 0
         return weight
+    generator = torch.Generator().manual_seed(0)
     return (torch.rand(shape, generator=generator) >= sparsity).float()
 
 
