@@ -12,6 +12,7 @@ import torch
 
 import secateur
 from secateur.cli.app import run
+from secateur.core.errors import InputError
 from secateur.runtime import build
 
 from .matrices import kernel_or_skip, linear_of, sparse
@@ -59,6 +60,39 @@ def test_a_damaged_file_is_not_loaded(no_compiler: None, fresh: Path) -> None:
     build.kept_file().write_bytes(b"cut short")
     assert build.library() is None
     assert "compiler" in (build.why_missing() or "")
+
+
+@pytest.mark.parametrize("left", [0, 4000, -1])
+def test_a_file_that_was_cut_short_is_built_anew(fresh: Path, left: int) -> None:
+    """Loading it as it is would kill the process."""
+    if build.shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    assert build.library() is not None
+    whole = build.kept_file().read_bytes()
+    build.kept_file().unlink()  # a new file: the old one is in use
+    build.kept_file().write_bytes(whole[:left])
+    build._loaded.cache_clear()
+    assert build.library() is not None
+    assert len(build.kept_file().read_bytes()) == len(whole)
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", nowhere)
+    build._loaded.cache_clear()
+    assert build.library() is None
+    assert "XDG_CACHE_HOME" in (build.why_missing() or "")
+    build._loaded.cache_clear()
+
+
+def test_an_unknown_path_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_KERNEL", "avx3")
+    with pytest.raises(InputError, match="SECATEUR_KERNEL=avx3"):
+        secateur.prune("seedling", tmp_path / "out", method="magnitude", sparsity=0.5, format="bitmask")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_builds_at_once(fresh: Path) -> None:

@@ -117,6 +117,15 @@ def test_the_largest_groups() -> None:
         Packed.of(torch.ones(2, 256), "nm", of=256)
 
 
+@pytest.mark.parametrize("format", ["bitmask", "nm"])
+def test_values_of_another_dtype_are_refused(format: str) -> None:
+    """Their bytes are those that were written; as numbers they would be others."""
+    stored = Packed.of(with_zeros((6, 8), torch.float16, 0.6), format).stored("w")
+    stored["w.values"] = stored["w.values"].view(torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"'w' is damaged: w.values is torch.bfloat16"):
+        Packed.read("w", format, stored)
+
+
 def test_strided_weights() -> None:
     weight = with_zeros((16, 12), torch.float32, 0.5).T
     assert same_bits(Packed.of(weight, "bitmask").unpack(), weight)

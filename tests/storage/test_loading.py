@@ -252,3 +252,21 @@ def test_transformers_alone_refuses(llama: tuple[Path, Path]) -> None:
     assert done.returncode != 0
     assert "Unknown quantization type, got secateur" in done.stderr
     assert "mismatched" in done.stderr.lower()
+
+
+def test_options_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(InputError, match="'mod'; expected mode"):
+        secateur.SecateurQuantizationConfig(mod="packed")
+
+
+def test_state_dict_of_a_packed_model_has_its_weights(tmp_path: Path) -> None:
+    packed = save_packed(save_sparse("llama", tmp_path / "model"), tmp_path / "packed")
+    model = load(packed, "packed", dtype=torch.float32)
+    state = model.state_dict()
+    assert any(name.endswith("packed_values") for name in state)
+    other = load(packed, "packed", dtype=torch.float32)
+    for module in other.modules():
+        if isinstance(module, PackedLinear):
+            module.parts["values"].zero_()
+    other.load_state_dict(state)
+    assert logits(other).equal(logits(model))
