@@ -335,3 +335,17 @@ def test_recipe_with_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[s
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: seedling\nmethod: wanda\nsparsty: 0.5\n")
     refuse(["prune", "-o", str(tmp_path / "out"), "--recipe", str(recipe)], capsys, "sparsty", "sparsity")
+
+
+@pytest.mark.parametrize(("command", "resumed"), [("prune", True), ("recover", True), ("export", False)])
+def test_an_interrupted_command_says_how_to_go_on(
+    command: str, resumed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateur.cli.app.app", interrupt)
+    assert run([command, "model"]) == 130
+    told = capsys.readouterr().err
+    assert "run the same command again" in told
+    assert ("--resume" in told) == resumed

@@ -176,7 +176,7 @@ class Packed:
             if part in parts and parts[part].dtype != dtype:
                 raise refused(name, f"{name}.{part} is {parts[part].dtype} in place of {dtype}")
         FORMATS.get(format).check(parts, name, shape)
-        return cls(format, shape, stored[name].dtype, parts)
+        return cls(format, shape, dtype, parts)
 
 
 def refused(name: str, why: str) -> CheckpointError:

@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     except cyclopts.CycloptsError as error:
         return _fail(_one_line(error), 2, arguments)
     except KeyboardInterrupt:
-        return _fail("interrupted; run the same command with --resume to go on", INTERRUPTED, arguments)
+        return _fail(_interrupted(arguments), INTERRUPTED, arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -65,6 +65,12 @@ def _quiet_libraries() -> None:
 
 def _one_line(error: cyclopts.CycloptsError) -> str:
     return " ".join(str(error).split())
+
+
+def _interrupted(arguments: list[str]) -> str:
+    """And how to go on: an export goes on by itself, and what only measures begins anew."""
+    resumed = " with --resume to go on" if arguments[:1] in (["prune"], ["recover"]) else ""
+    return f"interrupted; run the same command again{resumed}"
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:

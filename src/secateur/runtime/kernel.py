@@ -77,12 +77,14 @@ def path_of(kernel: ctypes.CDLL) -> Path:
 
 
 def highest_path() -> Path:
-    """What `$SECATEUR_KERNEL` allows. Raises `InputError`: it names no path."""
+    """What `$SECATEUR_KERNEL` allows, the last one where it is not set. Raises `InputError`: it names no path."""
     asked = os.environ.get(HIGHEST)
+    if not asked:
+        return Path.AVX512_BF16
     labels = {path.label: path for path in Path}
-    if asked and asked not in labels:
+    if asked not in labels:
         raise InputError(f"{HIGHEST}={asked}", f"one of {', '.join(labels)}")
-    return labels[asked] if asked else max(Path)
+    return labels[asked]
 
 
 @dataclass(frozen=True)
