@@ -77,7 +77,7 @@ def path_of(kernel: ctypes.CDLL) -> Path:
 
 
 def highest_path() -> Path:
-    """What `$SECATEUR_KERNEL` allows, the last one where it is not set. Raises `InputError`: it names no path."""
+    """What `$SECATEUR_KERNEL` allows; all where it is not set. Raises `InputError`: it names no path."""
     asked = os.environ.get(HIGHEST)
     if not asked:
         return Path.AVX512_BF16
