@@ -70,7 +70,7 @@ def prune_checkpoint(
     """
     started = time.perf_counter()
     recipe = recipe.validated()
-    highest_path()
+    highest_path()  # what it refuses would else come after all the work, when the result is timed
     opened = open_model(recipe.model)
     dense = dense or opened
     method = checked_method(opened, recipe)
